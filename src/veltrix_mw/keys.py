@@ -1,0 +1,59 @@
+"""What a key, a prefix and a namespace may look like.
+
+Owns the syntax of names; knows nothing of values or stores.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from veltrix_mw.errors import InvalidKey, SettingsError
+
+__all__ = ["MAX_KEY_BYTES", "check_key", "check_namespace", "check_prefix", "is_key"]
+
+MAX_KEY_BYTES: Final = 512
+"""The longest key, in bytes of UTF-8 (the alphabet is ASCII, so also in characters)."""
+
+_SEGMENT: Final = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._~:@-]+"
+_KEY: Final = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*\Z")
+_NAMESPACE: Final = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*\Z")
+_SHAPE: Final = "segments of [A-Za-z0-9._~:@-]+ joined by '/', none of them '.' or '..', for example checkout/max_items"
+
+
+def is_key(key: str) -> bool:
+    """Whether `key` is a valid key."""
+    return len(key) <= MAX_KEY_BYTES and _KEY.match(key) is not None
+
+
+def check_key(key: object) -> str:
+    """Return `key`, or raise `InvalidKey` that says what a key looks like."""
+    if not isinstance(key, str):
+        raise InvalidKey(f"a key is a str, not {type(key).__name__}")
+    if len(key) > MAX_KEY_BYTES:
+        raise InvalidKey(
+            f"the key {key[:40]!r}... has {len(key)} characters; at most {MAX_KEY_BYTES} bytes are allowed"
+        )
+    if _KEY.match(key) is None:
+        raise InvalidKey(f"{key!r} is not a key: write {_SHAPE}")
+    return key
+
+
+def check_prefix(prefix: object) -> str:
+    """Return `prefix` (a key followed by '/'), or raise `InvalidKey`."""
+    if not isinstance(prefix, str):
+        raise InvalidKey(f"a prefix is a str, not {type(prefix).__name__}")
+    if not prefix.endswith("/"):
+        raise InvalidKey(f"{prefix[:80]!r} is not a prefix: it must end with '/', for example tenants/acme/")
+    if not is_key(prefix[:-1]):
+        raise InvalidKey(f"{prefix[:80]!r} is not a prefix: write {_SHAPE}, then '/'")
+    return prefix
+
+
+def check_namespace(namespace: object) -> str:
+    """Return `namespace`, or raise `SettingsError`."""
+    if not isinstance(namespace, str) or len(namespace) > 128 or _NAMESPACE.match(namespace) is None:
+        raise SettingsError(f"{repr(namespace)[:80]} is not a namespace: write at most 128 characters, {_SHAPE}")
+    if namespace.split("/", 1)[0] == ".veltrix":
+        raise SettingsError("a namespace cannot begin with .veltrix: the library keeps its bookkeeping there")
+    return namespace

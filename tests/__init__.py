@@ -1,0 +1,1 @@
+"""The tests: they mirror src, and `support` holds what several of them need."""

@@ -1,0 +1,26 @@
+"""Fixtures for every test: an environment that is the tests' own, and ports."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.ports import free_port as _free_port
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a developer exported decides nothing here, nor in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [*os.environ]:
+            if name.startswith(("VELTRIX_", "OTEL_")):
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on."""
+    return _free_port()
