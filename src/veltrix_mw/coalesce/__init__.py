@@ -1,0 +1,1 @@
+"""Coalescing: many callers who want the same thing cost one call."""

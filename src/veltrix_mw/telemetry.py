@@ -1,0 +1,493 @@
+"""What OpenTelemetry is told: the spans, the attributes and the instruments, and the level that decides which.
+
+Owns their names, units and buckets, and the rule that no value reaches them. It is told plain numbers and
+strings; it knows no snapshot, client, store or framework, and needs no SDK.
+
+Only `opentelemetry.trace` is imported with this module. Measured beside it: `opentelemetry.metrics` costs 12% more,
+the W3C propagator 9% and `importlib.metadata` 79%, so each waits for its first use.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace import INVALID_SPAN, get_current_span
+
+from veltrix_mw.errors import HeldBack, KeyMissing, SettingsError, VeltrixError
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Histogram, Meter, MeterProvider, Observation
+    from opentelemetry.trace import Link, Span, Tracer, TracerProvider
+
+__all__ = ["LEVELS", "LookupOutcome", "Observed", "RefreshOutcome", "Stats", "Telemetry", "WriteOutcome"]
+
+LEVELS: Final = ("off", "requests", "lookups")
+"""From nothing to everything: `requests` tells what config cost a request, `lookups` adds a span for each read."""
+
+MAX_LINKS: Final = 32
+"""The most links of one refresh: the newest changes of a burst. SDKs keep 128 by default."""
+
+_SCOPE: Final = "veltrix_mw"
+_SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.33.0"
+_MAX_SHOWN_KEY: Final = 512  # the longest valid key; a read may ask for any string, and spans wait in memory
+
+_LOOKUP_BUCKETS_S: Final = (1e-6, 5e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
+_REFRESH_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+_PROPAGATION_BUCKETS_S: Final = (*_REFRESH_BUCKETS_S, 60.0)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Where a client stands now; `age_s` is inf before the first confirmation."""
+
+    age_s: float
+    revision: int
+    entries: int
+
+
+class Stats(Protocol):
+    """What a client shows to the observable instruments.
+
+    Held weakly, so it must be weakly referable, and hashed by identity. Read on the exporter's thread, without a
+    lock: the counters are plain integers that only grow.
+    """
+
+    @property
+    def namespace(self) -> str: ...
+    @property
+    def views(self) -> int:
+        """Views pinned so far."""
+        ...
+
+    @property
+    def reconnects(self) -> int:
+        """Watches opened again so far."""
+        ...
+
+    @property
+    def rejections(self) -> int:
+        """Changes held back so far."""
+        ...
+
+    def observe(self) -> Observed:
+        """Where the client stands now."""
+        ...
+
+
+@dataclass(slots=True)
+class LookupOutcome:
+    """What a read found; an exception that leaves the read overrules it."""
+
+    result: Literal["hit", "miss", "error"] = "hit"
+
+
+@dataclass(slots=True)
+class RefreshOutcome:
+    """What a refresh applied: the revision reached and the number of keys changed; None is left out."""
+
+    revision: int | None = None
+    changes: int | None = None
+
+
+@dataclass(slots=True)
+class WriteOutcome:
+    """What a write made: its revision; None is left out."""
+
+    revision: int | None = None
+
+
+class Telemetry:
+    """What one client tells OpenTelemetry, at one level.
+
+    At level `off` nothing is emitted, created or registered. No method raises because of what it is told, and
+    no value of a key reaches a span or a metric. Safe to use from any number of threads, and after a fork.
+
+    The providers are those given, else the global ones, also when these are set later.
+    """
+
+    __slots__ = ("_instruments", "_meter_provider", "_tracer", "_tracer_provider", "level")
+
+    def __init__(
+        self,
+        level: str = "requests",
+        *,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+    ) -> None:
+        """Create nothing yet. Raises `SettingsError` for a level that is none of `LEVELS`."""
+        if level not in LEVELS:
+            raise SettingsError(f"telemetry={level!r} is not a level: write one of {', '.join(LEVELS)}")
+        self.level: Final = level
+        self._tracer_provider = tracer_provider
+        self._meter_provider = meter_provider
+        self._tracer: Tracer | None = None
+        self._instruments: _Instruments | None = None
+
+    # Requests
+
+    def recording_span(self) -> Span | None:
+        """The current span if it is recording and the level is not `off`, else None.
+
+        The middlewares ask only where the OpenTelemetry context is not empty, as without instrumentation it is: that
+        question costs a third of this one.
+        """
+        if self.level == "off":
+            return None
+        span = get_current_span()
+        return None if span is INVALID_SPAN or not span.is_recording() else span
+
+    def annotate_request(
+        self, span: Span, *, revision: int, origin: str, stale: bool, count: int, total_s: float
+    ) -> None:
+        """Set the five attributes on the request's span, if it is still recording; may be called again.
+
+        `count` and `total_s` are the number of reads so far and the seconds they took together.
+        """
+        if self.level != "off" and span.is_recording():
+            span.set_attributes(
+                {
+                    "veltrix.revision": revision,
+                    "veltrix.origin": origin,
+                    "veltrix.stale": stale,
+                    "veltrix.lookup.count": count,
+                    "veltrix.lookup.total": total_s,
+                }
+            )
+
+    def report_request(
+        self, span: Span, *, revision: int, origin: str, stale: bool, count: int, total_s: float
+    ) -> None:
+        """Say what config cost a request: the attributes, and one record of `veltrix.lookup.duration`.
+
+        To be called once for each request that `recording_span` gave a span; the span may have ended since.
+        """
+        if self.level == "off":
+            return
+        self.annotate_request(span, revision=revision, origin=origin, stale=stale, count=count, total_s=total_s)
+        # The span may no longer be current here (a WSGI body is closed late); the exemplar is to name it all the same.
+        self._metrics().lookup_duration.record(total_s, {"veltrix.origin": origin}, trace.set_span_in_context(span))
+
+    @contextmanager
+    def lookup(self, key: str) -> Iterator[LookupOutcome]:
+        """Around one read: a `veltrix.lookup` span at level `lookups`, nothing at the others.
+
+        `KeyMissing` that leaves it is a miss, `HeldBack` and any other exception an error. The span does not
+        become the current one, as a read calls nothing that has spans of its own; that halves its price.
+        """
+        outcome = LookupOutcome()
+        if self.level != "lookups":
+            yield outcome
+            return
+        span = self._spans().start_span("veltrix.lookup", attributes={"veltrix.key": _shown(key)})
+        try:
+            yield outcome
+        except Exception as exc:
+            if isinstance(exc, KeyMissing) and not isinstance(exc, HeldBack):
+                outcome.result = "miss"
+            else:
+                outcome.result = "error"
+                _tell_error(span, exc)
+            raise
+        finally:
+            span.set_attribute("veltrix.result", outcome.result)
+            span.end()
+
+    # Following
+
+    @contextmanager
+    def refresh(self, kind: str, origin: str, *, links: Sequence[str] = ()) -> Iterator[RefreshOutcome]:
+        """Around a list, a relist or the application of a batch: a `veltrix.refresh` span, a new root.
+
+        `kind` says which of them it is. `links` are the traceparents of the change records applied, oldest
+        first; the newest `MAX_LINKS` well-formed ones become span links. The body runs in an empty context
+        with this span. `veltrix.refresh.duration` has the refreshes that no exception ended.
+        """
+        outcome = RefreshOutcome()
+        if self.level == "off":
+            yield outcome
+            return
+        attributes = {"veltrix.refresh.kind": kind, "veltrix.origin": origin}
+        started_s = time.perf_counter()
+        with self._span("veltrix.refresh", otel_context.Context(), attributes, _links(links)) as span:
+            try:
+                yield outcome
+            finally:
+                _set_known(span, {"veltrix.revision": outcome.revision, "veltrix.changes": outcome.changes})
+            self._metrics().refresh_duration.record(time.perf_counter() - started_s)
+
+    def propagated(self, written_at_s: float, now_s: float) -> None:
+        """Record how long a change took from its write to its application here.
+
+        Both are Unix times in seconds, of two machines' clocks: a negative difference counts as 0, and a
+        change whose time is not known (0) is left out.
+        """
+        if self.level != "off" and written_at_s > 0:
+            self._metrics().propagation_duration.record(max(0.0, now_s - written_at_s))
+
+    # Writing
+
+    @contextmanager
+    def write(self) -> Iterator[WriteOutcome]:
+        """Around a put, delete, write or rollback: a `veltrix.write` span, child of the current one, and current."""
+        outcome = WriteOutcome()
+        if self.level == "off":
+            yield outcome
+            return
+        with self._span("veltrix.write", otel_context.get_current()) as span:
+            try:
+                yield outcome
+            finally:
+                _set_known(span, {"veltrix.revision": outcome.revision})
+
+    def traceparent(self) -> str:
+        """The W3C `traceparent` of the current span; empty at level `off` or without a valid span."""
+        told = get_current_span().get_span_context()
+        if self.level == "off" or not told.is_valid:
+            return ""
+        # Written here, not by the API's propagator: importing that reads files, and a write may run on an event loop.
+        return f"00-{trace.format_trace_id(told.trace_id)}-{trace.format_span_id(told.span_id)}-{told.trace_flags:02x}"
+
+    # Clients
+
+    def observe(self, stats: Stats) -> None:
+        """Let the observable instruments read `stats` for as long as it lives. Idempotent.
+
+        The first call in a process imports modules and reads the package's metadata (some 40 ms). Make it on the
+        follower's thread, before anything else: then nothing here blocks an event loop later.
+        """
+        if self.level != "off":
+            self._metrics().observe(stats)
+
+    # Behind it
+
+    @contextmanager
+    def _span(
+        self,
+        name: str,
+        context: otel_context.Context,
+        attributes: Mapping[str, str] | None = None,
+        links: Sequence[Link] = (),
+    ) -> Iterator[Span]:
+        """Run the body in `context` with a new INTERNAL span, and tell the span of an exception that leaves it.
+
+        The API's own `start_as_current_span` would keep the surrounding context around a new root.
+        """
+        span = self._spans().start_span(name, context=context, attributes=attributes, links=links)
+        token = otel_context.attach(trace.set_span_in_context(span, context))
+        try:
+            yield span
+        except Exception as exc:
+            _tell_error(span, exc)
+            raise
+        finally:
+            otel_context.detach(token)
+            span.end()
+
+    def _spans(self) -> Tracer:
+        # Two threads may make one each: tracers of one scope are interchangeable.
+        if self._tracer is None:
+            self._tracer = trace.get_tracer(
+                _SCOPE, _version(), tracer_provider=self._tracer_provider, schema_url=_SCHEMA_URL
+            )
+        return self._tracer
+
+    def _metrics(self) -> _Instruments:
+        if self._instruments is None:
+            self._instruments = _instruments_of(self._meter_provider)
+        return self._instruments
+
+
+class _Instruments:
+    """The instruments of one meter provider, shared by every client that uses it.
+
+    There is one for each provider: an SDK drops, in silence, the callbacks of an instrument created twice.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        # A dict of weak references, not a WeakSet: a set that grows while another thread iterates over it raises,
+        # and a lock could be held by a fork.
+        self._stats: dict[weakref.ref[Stats], None] = {}
+        self.lookup_duration = _histogram(
+            meter, "veltrix.lookup.duration", "What config cost a request: the sum of its reads", _LOOKUP_BUCKETS_S
+        )
+        self.refresh_duration = _histogram(
+            meter, "veltrix.refresh.duration", "Listing, or applying a batch of changes", _REFRESH_BUCKETS_S
+        )
+        self.propagation_duration = _histogram(
+            meter,
+            "veltrix.propagation.duration",
+            "From the write of a change to its application in this process",
+            _PROPAGATION_BUCKETS_S,
+        )
+
+        def counter(name: str, unit: str, description: str, total: Callable[[Stats], int]) -> None:
+            meter.create_observable_counter(name, [lambda _: self._totals(total)], unit, description)
+
+        def gauge(name: str, unit: str, description: str, reading: Callable[[Observed], float]) -> None:
+            meter.create_observable_gauge(name, [lambda _: self._readings(reading)], unit, description)
+
+        counter("veltrix.views", "{view}", "Views pinned", lambda stats: stats.views)
+        counter("veltrix.rejected", "{change}", "Changes held back", lambda stats: stats.rejections)
+        counter("veltrix.reconnects", "{reconnect}", "Watches opened again", lambda stats: stats.reconnects)
+        gauge("veltrix.snapshot.age", "s", "Time since the snapshot was last confirmed", lambda now: now.age_s)
+        gauge("veltrix.snapshot.revision", "{revision}", "The snapshot's revision", lambda now: now.revision)
+        gauge("veltrix.snapshot.entries", "{entry}", "Entries in the snapshot", lambda now: now.entries)
+
+    def observe(self, stats: Stats) -> None:
+        """Add `stats`, unless it is there; it leaves when it is collected."""
+        self._stats[weakref.ref(stats, self._forget)] = None
+
+    def _forget(self, reference: weakref.ref[Stats]) -> None:
+        self._stats.pop(reference, None)
+
+    def _read(self, read: Callable[[Stats], _T]) -> Iterator[tuple[str, _T]]:
+        """(namespace, what was read) of every client alive."""
+        for reference in list(self._stats):
+            stats = reference()
+            if stats is None:
+                continue
+            try:
+                found = stats.namespace, read(stats)
+            except Exception:  # noqa: BLE001, S112  # one client that fails must not hide the others from the export
+                continue
+            yield found
+
+    def _totals(self, total: Callable[[Stats], int]) -> Iterable[Observation]:
+        """One observation a namespace: the sum over its clients."""
+        totals: dict[str, int] = {}
+        for namespace, count in self._read(total):
+            totals[namespace] = totals.get(namespace, 0) + count
+        return _observations(totals)
+
+    def _readings(self, reading: Callable[[Observed], float]) -> Iterable[Observation]:
+        """One observation a namespace: of its client of the highest age, as that is the one to worry about."""
+        oldest: dict[str, Observed] = {}
+        for namespace, now in self._read(lambda stats: stats.observe()):
+            if namespace not in oldest or now.age_s > oldest[namespace].age_s:
+                oldest[namespace] = now
+        return _observations({namespace: reading(now) for namespace, now in oldest.items()})
+
+
+def _observations(values: Mapping[str, float]) -> list[Observation]:
+    from opentelemetry.metrics import Observation
+
+    return [
+        Observation(value, {"veltrix.namespace": namespace})
+        for namespace, value in values.items()
+        if math.isfinite(value)
+    ]
+
+
+def _histogram(meter: Meter, name: str, description: str, buckets_s: Sequence[float]) -> Histogram:
+    return meter.create_histogram(
+        name, unit="s", description=description, explicit_bucket_boundaries_advisory=buckets_s
+    )
+
+
+_made: weakref.WeakKeyDictionary[MeterProvider, _Instruments] = weakref.WeakKeyDictionary()
+_made_global: _Instruments | None = None
+_making = threading.Lock()  # protects the two above: instruments are made once
+
+
+def _renew_lock() -> None:
+    global _making
+    _making = threading.Lock()
+
+
+# A fork may come while another thread holds the lock; in the child nobody would release it.
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _instruments_of(provider: MeterProvider | None) -> _Instruments:
+    """The instruments of `provider`, or of the global one.
+
+    The global one is a proxy until an SDK is set, and its instruments move to the SDK then: those made for
+    the proxy are the SDK's from that moment on.
+    """
+    global _made_global
+    from opentelemetry import metrics
+
+    # These two may run an SDK's own set-up, or read files: not under the lock.
+    current = metrics.get_meter_provider()
+    version = _version()
+    with _making:
+        is_global = provider is None or provider is current
+        if provider is None:
+            provider = current
+        made = (_made_global if is_global else None) or _made.get(provider)
+        if made is None:
+            made = _Instruments(metrics.get_meter(_SCOPE, version, provider, schema_url=_SCHEMA_URL))
+            _made[provider] = made
+        if is_global:
+            _made_global = made
+        return made
+
+
+@cache
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("veltrix-mw")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def _shown(key: str) -> str:
+    """The key as a span may carry it: bounded, and ASCII, as half a surrogate pair fails a whole export."""
+    return str(key)[:_MAX_SHOWN_KEY].encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _set_known(span: Span, attributes: Mapping[str, int | None]) -> None:
+    for name, value in attributes.items():
+        if value is not None:
+            span.set_attribute(name, value)
+
+
+def _tell_error(span: Span, exc: Exception) -> None:
+    """Set status ERROR and `error.type`, and record the exception without anything that may hold a value.
+
+    Not by `record_exception`: the traceback it keeps shows source lines (`put("key", "...")`) and the driver's
+    errors below ours. Of other people's exceptions only the type is told.
+    """
+    if not span.is_recording():
+        return
+    kind = type(exc)
+    message = str(exc) if isinstance(exc, VeltrixError) else None
+    event = {"exception.type": f"{kind.__module__}.{kind.__qualname__}"}
+    if message is not None:
+        event["exception.message"] = message
+    span.add_event("exception", event)
+    span.set_attribute("error.type", kind.__name__)
+    span.set_status(trace.StatusCode.ERROR, message)
+
+
+def _links(traceparents: Sequence[str]) -> list[Link]:
+    """Links to the newest `MAX_LINKS` well-formed traceparents, oldest first."""
+    if not traceparents:
+        return []
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    extract = TraceContextTextMapPropagator().extract
+    links: list[Link] = []
+    for traceparent in reversed(traceparents):
+        told = get_current_span(extract({"traceparent": traceparent}, otel_context.Context())).get_span_context()
+        if told.is_valid:
+            links.append(trace.Link(told))
+            if len(links) == MAX_LINKS:
+                break
+    links.reverse()
+    return links

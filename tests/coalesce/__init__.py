@@ -1,0 +1,1 @@
+"""Tests of `veltrix_mw.coalesce`."""
