@@ -1,0 +1,251 @@
+"""The follower: one background thread that does what the replica decides.
+
+Owns the thread, the watch and the clock's edge; decides nothing (`replica` does) and knows nothing of who reads
+(it hands each publication on).
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from veltrix_mw.disk import LastKnownGood, Saved
+from veltrix_mw.errors import StoreError
+from veltrix_mw.protocols import Position, RawVersion, Store, Watch
+from veltrix_mw.replica import (
+    Begun,
+    Confirm,
+    Confirmed,
+    Crashed,
+    Decision,
+    Event,
+    Failed,
+    HistoryRead,
+    List,
+    Listed,
+    Next,
+    Notice,
+    OpenWatch,
+    Publication,
+    ReadHistory,
+    Received,
+    Renew,
+    Renewed,
+    Replica,
+    Resumed,
+    Sleep,
+    Slept,
+    Step,
+    Watching,
+)
+from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.telemetry import RefreshOutcome, Telemetry
+
+__all__ = ["Follower"]
+
+_log = logging.getLogger("veltrix_mw")
+
+CALL_TIMEOUT_S: Final = 2.0  # a call of a few milliseconds that takes this long is a failure
+LIST_TIMEOUT_S: Final = 30.0  # the one call whose length grows with the keyspace
+HISTORY_LIMIT: Final = 20  # versions of a key that are looked through for a good one
+PART: Final = 32  # revisions of a burst that are applied at a stretch: a millisecond of holding the interpreter
+YIELD_S: Final = 0.0005  # between parts: a request that waits for the interpreter gets it
+
+
+class Follower:
+    """Follows a store in a daemon thread and hands each publication to `publish`; `prepare` runs there first.
+
+    Survives whatever the store or a callback raises; `stop` ends it within its timeout.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        replica: Replica,
+        publish: Callable[[Publication], None],
+        telemetry: Telemetry,
+        prepare: Callable[[], None],
+        disk: LastKnownGood | None = None,
+        resumed: Publication | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self.replica = replica
+        self._publish = publish
+        self._telemetry = telemetry
+        self._prepare = prepare
+        self._disk = disk
+        self._resumed = resumed
+        self._clock = clock
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._watch: Watch | None = None
+        self.crashes = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs in this process."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start the thread; returns at once."""
+        # An empty context: what runs in the background is no child of the request that happened to start it.
+        self._thread = threading.Thread(
+            target=contextvars.Context().run, args=(self._run,), name="veltrix-follower", daemon=True
+        )
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread, waiting for at most `timeout_s`."""
+        self._stopping.set()
+        watch = self._watch
+        if watch is not None:
+            watch.close()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            self._prepare()
+        except Exception:  # noqa: BLE001  # telemetry that cannot be set up must not keep config from coming
+            _log.exception("veltrix.telemetry_failed")
+        event = self._first_event()
+        while not self._stopping.is_set():
+            try:
+                step = self._settle(event).step
+                while not self._stopping.is_set():
+                    step = self._advance(step).step
+            except Exception as exc:  # noqa: BLE001
+                # A defect of ours or of a callback must not end the following: go on, and say so.
+                self.crashes += 1
+                _log.exception("veltrix.follower_crashed")
+                event = Crashed(self._clock(), StoreError(f"the follower crashed ({type(exc).__name__}); see the log"))
+            finally:
+                self._drop_watch()
+
+    def _first_event(self) -> Event:
+        if self._resumed is not None:
+            return Resumed(self._clock(), self._resumed)
+        return Begun(self._clock(), self._last_known_good())
+
+    def _advance(self, step: Step) -> Decision:
+        """Take a step and settle what came of it; listing and applying are each a `veltrix.refresh` span."""
+        telemetry, origin = self._telemetry, self._store.info.origin
+        try:
+            if isinstance(step, List):
+                with telemetry.refresh("list", origin) as refresh:
+                    return self._settle(self._taken(step), refresh)
+            event = self._taken(step)
+        except StoreError as exc:
+            if self._stopping.is_set():
+                return Decision(step)  # our own closing of the watch
+            return self._settle(Failed(self._clock(), exc, own_label=secrets.token_hex(8)))
+        if not isinstance(event, Received) or not event.batches:
+            return self._settle(event)
+        records = [batch.record for batch in event.batches]
+        with telemetry.refresh("watch", origin, links=[record.traceparent for record in records]) as refresh:
+            decision = self._settle_in_parts(event, refresh)
+        now_s = time.time()
+        for record in records:
+            telemetry.propagated(record.time_s, now_s)
+        return decision
+
+    def _settle_in_parts(self, event: Received, refresh: RefreshOutcome) -> Decision:
+        """Apply a burst part by part, letting other threads run in between."""
+        batches = event.batches
+        decision = self._settle(Received(event.now_s, batches[:PART]), refresh)
+        for start in range(PART, len(batches), PART):
+            if not isinstance(decision.step, (Next, Confirm)):
+                break
+            self._stopping.wait(YIELD_S)
+            decision = self._settle(Received(self._clock(), batches[start : start + PART]), refresh)
+        return decision
+
+    def _settle(self, event: Event, refresh: RefreshOutcome | None = None) -> Decision:
+        """Let the replica decide, tell its notices, and hand on what it publishes."""
+        decision = self.replica.handle(event)
+        for notice in decision.notices:
+            _tell(notice)
+        publication = decision.publication
+        if publication is not None:
+            if refresh is not None:
+                refresh.revision = publication.snapshot.revision
+                refresh.changes = None if publication.changed is None else len(publication.changed)
+            self._hand_on(publication)
+        return decision
+
+    def _last_known_good(self) -> tuple[Position, list[tuple[str, object, int]]] | None:
+        saved = self._disk.load() if self._disk is not None else None
+        return None if saved is None else (saved.position, list(saved.entries))
+
+    def _hand_on(self, publication: Publication) -> None:
+        self._publish(publication)
+        if self._disk is not None and publication.snapshot.origin != "disk":
+            snapshot, position = publication.snapshot, publication.position
+            self._disk.offer(lambda: _saved(snapshot, position))
+
+    def _taken(self, step: Step) -> Event:
+        store, clock = self._store, self._clock
+        match step:
+            case Next(timeout_s):
+                assert self._watch is not None
+                batches = self._watch.next(timeout_s)
+                return Received(clock(), batches)
+            case Confirm(position):
+                sent_at_s = clock()
+                confirmation = store.confirm(position, timeout_s=CALL_TIMEOUT_S)
+                return Confirmed(clock(), sent_at_s, confirmation)
+            case List():
+                self._drop_watch()
+                sent_at_s = clock()
+                listing = store.list(timeout_s=LIST_TIMEOUT_S)
+                return Listed(clock(), sent_at_s, listing)
+            case OpenWatch(position):
+                self._drop_watch()
+                self._watch = store.watch(position, timeout_s=CALL_TIMEOUT_S)
+                if self._stopping.is_set():
+                    self._watch.close()
+                return Watching(clock())
+            case ReadHistory(keys):
+                versions: dict[str, list[RawVersion]] = {}
+                for key in keys:
+                    versions[key] = list(store.history(key, limit=HISTORY_LIMIT, timeout_s=CALL_TIMEOUT_S))
+                return HistoryRead(clock(), versions)
+            case Renew(known):
+                return Renewed(clock(), store.renew_incarnation(known, timeout_s=CALL_TIMEOUT_S))
+            case Sleep(delay_s):
+                self._drop_watch()
+                self._stopping.wait(delay_s)
+                return Slept(clock())
+
+    def _drop_watch(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
+
+
+def _saved(snapshot: Snapshot, position: Position) -> Saved:
+    return Saved(
+        # The label we serve under is what a later start compares with.
+        position=Position(position.incarnation, position.revision, position.fingerprint),
+        digest=snapshot.digest,
+        saved_at_s=time.time(),
+        entries=list(snapshot._entries.items()),
+    )
+
+
+def _tell(notice: Notice) -> None:
+    fields = " ".join(f"{name}={value!r}" for name, value in notice.fields.items())
+    _log.log(
+        logging.getLevelName(notice.level.upper()),
+        "%s %s",
+        notice.event,
+        fields,
+        extra={"veltrix": {"event": notice.event, **notice.fields}},
+    )

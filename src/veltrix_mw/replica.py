@@ -1,0 +1,575 @@
+"""The replica: decides what a follower does next, from what happened.
+
+Owns the protocol of list, watch and confirm: a pure state machine, events in and steps out. No thread, socket or
+clock in here: every event brings the time it happened (`now_s`, monotonic seconds). The same code runs in
+production (`follower`), in the simulation and in tests.
+
+::
+
+    Begun ──► Confirm (is the last-known-good's history still there?) ──► List
+    Listed ──► [ReadHistory ──►] OpenWatch ──► Next ──► Next ... now and then Confirm
+    a gap, Compacted ──► List            Restored, a revision that went back ──► Renew ──► List
+    Failed ──► Sleep (exponential, full jitter, at most 5 s) ──► the step again
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Final
+
+from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, StoreError
+from veltrix_mw.keyspace import Keyspace
+from veltrix_mw.protocols import Batch, ChangeRecord, Confirmation, Listing, Position, RawVersion, Restored
+from veltrix_mw.snapshot import Rejection, Snapshot
+from veltrix_mw.sorted_map import Item
+
+__all__ = [
+    "Begun",
+    "Confirm",
+    "Confirmed",
+    "Crashed",
+    "Decision",
+    "Event",
+    "Failed",
+    "HistoryRead",
+    "List",
+    "Listed",
+    "Next",
+    "Notice",
+    "OpenWatch",
+    "Publication",
+    "ReadHistory",
+    "Received",
+    "Renew",
+    "Renewed",
+    "Replica",
+    "Resumed",
+    "Sleep",
+    "Slept",
+    "Step",
+    "Watching",
+]
+
+CONFIRM_INTERVAL_S: Final = 5.0
+"""How often the authority is asked whether this is still the truth: three of them make `max_age_s`'s default."""
+
+CONFIRM_COST_FACTOR: Final = 200
+"""Confirming may take at most 1/200 of the time: the query costs the server a scan."""
+
+GRACE_S: Final = 1.0
+"""How long the watch may lag behind a confirmation before it counts as dead."""
+
+BACKOFF_FIRST_S: Final = 0.1
+BACKOFF_MOST_S: Final = 5.0
+
+HISTORY_KEYS: Final = 100  # keys whose last good value is looked for in the history: more would delay the start
+
+
+# Steps: what the follower is to do next. Each ends in an event.
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """List everything; ends in `Listed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWatch:
+    """Drop the watch there is, if any, and watch after `position`; ends in `Watching`."""
+
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """Wait on the watch for at most `timeout_s`; ends in `Received`."""
+
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """Ask the authority for its newest revision; ends in `Confirmed`."""
+
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class ReadHistory:
+    """Read the kept versions of `keys`; ends in `HistoryRead`."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Mint a new incarnation in place of `known`; ends in `Renewed`."""
+
+    known: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Do nothing for `delay_s`; ends in `Slept`."""
+
+    delay_s: float
+
+
+Step = List | OpenWatch | Next | Confirm | ReadHistory | Renew | Sleep
+
+
+# What the follower tells others, beside the step it takes.
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A snapshot to serve from now on.
+
+    `changed` names the keys whose served entry may differ from the snapshot before; None: compare the two.
+    `records` are the change records of the revisions that it applied. `position` is where it stands; `left` are the
+    labels that were followed before, which whoever resumes here must know.
+    """
+
+    snapshot: Snapshot
+    changed: frozenset[str] | None
+    records: tuple[ChangeRecord, ...]
+    position: Position
+    left: tuple[str, ...] = ()
+
+
+# Events: what happened.
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The follower starts. `saved` is the last-known-good's position and entries, if there is one."""
+
+    now_s: float
+    saved: tuple[Position, Sequence[Item]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The follower starts where another left off: after a fork, or after `close`."""
+
+    now_s: float
+    publication: Publication
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """The follower met an error that should not be; the watch, if there was one, is gone."""
+
+    now_s: float
+    error: StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A listing came; `sent_at_s` is when it was asked for."""
+
+    now_s: float
+    sent_at_s: float
+    listing: Listing
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """The watch is open."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The watch brought `batches`, none if it was quiet."""
+
+    now_s: float
+    batches: Sequence[Batch]
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """The authority told its newest revision; `sent_at_s` is when it was asked."""
+
+    now_s: float
+    sent_at_s: float
+    confirmation: Confirmation
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryRead:
+    """The kept versions of keys that lack a good value, newest first."""
+
+    now_s: float
+    versions: Mapping[str, Sequence[RawVersion]]
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """The incarnation that the authority has now."""
+
+    now_s: float
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last step failed. `own_label` is a fresh random label, in case the replica must name a history itself."""
+
+    now_s: float
+    error: StoreError
+    own_label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Slept:
+    """The delay is over."""
+
+    now_s: float
+
+
+Event = Begun | Resumed | Crashed | Listed | Watching | Received | Confirmed | HistoryRead | Renewed | Failed | Slept
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something an operator may want to know: a stable event name, a level of `logging`, and fields without values."""
+
+    event: str
+    level: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The next step, and what to tell before it is taken."""
+
+    step: Step
+    publication: Publication | None = None
+    notices: tuple[Notice, ...] = ()
+
+
+class Replica:
+    """Follows one authority: hand it each event, do what it decides.
+
+    Its snapshot's revision never decreases within an incarnation, and every revision it passes is applied whole or
+    held back whole. Single-threaded.
+    """
+
+    def __init__(
+        self,
+        keyspace: Keyspace,
+        *,
+        origin: str,
+        random: Random | None = None,
+        confirm_interval_s: float = CONFIRM_INTERVAL_S,
+    ) -> None:
+        self._keyspace = keyspace
+        self._origin = origin
+        self._random = Random() if random is None else random
+        self._confirm_interval_s = confirm_interval_s
+        # Where we stand in the authority's history; None until something was taken.
+        self._position: Position | None = None
+        # The incarnation we serve under, where the authority's own label cannot be renewed: (its label, ours).
+        self._alias: tuple[str, str] | None = None
+        # A restore was seen, and the incarnation of this label is to be renewed before anything is listed.
+        self._renewing: str | None = None
+        # Labels that were followed and given up for another: if one comes back, a backup brought it.
+        self._left: deque[str] = deque(maxlen=64)
+        # The history is known to be another one: the next listing is taken whatever its revision.
+        self._take_any = False
+        self._step: Step = List()
+        self._failures = 0
+        self._confirm_at_s = 0.0
+        self._confirm_costs: deque[float] = deque(maxlen=3)
+        # The authority is known to have this revision; the watch must bring it by then.
+        self._expected: tuple[int, float] | None = None
+        self._notices: list[Notice] = []
+        self._served: Snapshot = keyspace.snapshot
+        self._changed: set[str] | None = set()
+        self._records: list[ChangeRecord] = []
+        self.reconnects = 0
+        self.error: StoreError | None = None
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is served."""
+        return self._keyspace.snapshot
+
+    @property
+    def lag(self) -> int:
+        """How many revisions the authority is known to be ahead."""
+        expected, position = self._expected, self._position
+        return 0 if expected is None or position is None else max(0, expected[0] - position.revision)
+
+    @property
+    def state(self) -> str:
+        """`following`, `listing`, or `waiting` (after a failure)."""
+        match self._step:
+            case Next() | Confirm() if self.snapshot.origin != "disk":
+                return "following"
+            case Sleep():
+                return "waiting"
+            case _:
+                return "listing"
+
+    def handle(self, event: Event) -> Decision:
+        """What to do now that `event` has happened."""
+        if isinstance(event, (Received, Listed)):
+            self._failures = 0
+        if isinstance(event, (Listed, Watching, Confirmed)) or (isinstance(event, Received) and event.batches):
+            self.error = None
+        self._step = self._decide(event)
+        publication = self._publication()
+        notices = tuple(self._notices)
+        self._notices.clear()
+        return Decision(self._step, publication, notices)
+
+    def _decide(self, event: Event) -> Step:
+        match event:
+            case Begun():
+                return self._begin(event)
+            case Resumed():
+                return self._begin_again(event)
+            case Crashed():
+                return self._back_off(event.error)
+            case Listed():
+                return self._take_listing(event)
+            case HistoryRead():
+                self._keyspace.recover(event.versions)
+                self._changed = None
+                return self._open_watch()
+            case Watching():
+                return self._follow(event.now_s)
+            case Received():
+                return self._take_batches(event)
+            case Confirmed():
+                return self._take_confirmation(event)
+            case Renewed():
+                self._renewing = None
+                self._take_any = True
+                self._notice("veltrix.restored", "warning", incarnation=event.incarnation)
+                return List()
+            case Failed():
+                return self._after_failure(event)
+            case Slept():
+                return self._resume()
+
+    def _begin(self, event: Begun) -> Step:
+        if event.saved is None:
+            return List()
+        position, entries = event.saved
+        self._keyspace.load(entries, revision=position.revision, incarnation=position.incarnation)
+        self._position = position
+        self._changed = None
+        self._notice("veltrix.last_known_good", "info", revision=position.revision)
+        # Whether the history it was taken from still exists cannot be told from a listing alone.
+        return Confirm(position)
+
+    def _begin_again(self, event: Resumed) -> Step:
+        last = event.publication
+        self._keyspace.resume(last.snapshot)
+        self._served = last.snapshot
+        self._position = last.position
+        self._left.extend(last.left)
+        if last.snapshot.incarnation != last.position.incarnation:
+            self._alias = (last.position.incarnation, last.snapshot.incarnation)
+        # What was held back can only be judged again with what the authority has now.
+        return List() if last.snapshot.rejected else self._resume()
+
+    def _take_listing(self, event: Listed) -> Step:
+        listing, position = event.listing, self._position
+        found = listing.position
+        if position is not None and self._is_restore(found, position):
+            return self._renew(found.incarnation)
+        try:
+            self._keyspace.restore(
+                listing,
+                incarnation=self._label(found.incarnation),
+                origin=self._origin,
+                proved_at_s=event.sent_at_s,
+            )
+        except InvalidValue as exc:
+            return self._back_off(StoreError(str(exc)))
+        if position is not None and position.incarnation != found.incarnation:
+            self._left.append(position.incarnation)
+        self._take_any = False
+        self._position = found
+        self._changed = None
+        self._expected = None
+        self._confirm_next(event.now_s)
+        self._note_rejections({})
+        wanting = self._keyspace.wanting[:HISTORY_KEYS]
+        return ReadHistory(wanting) if wanting else self._open_watch()
+
+    def _is_restore(self, found: Position, position: Position) -> bool:
+        """Whether a listing shows another history under a label that was followed before."""
+        if self._alias is not None and self._alias[0] == found.incarnation and self._take_any:
+            return False  # known, and it cannot be renamed from here
+        if found.incarnation in self._left:
+            return True  # a backup brought it back
+        if found.incarnation != position.incarnation:
+            return False
+        other = found.revision == position.revision and found.fingerprint != position.fingerprint
+        return self._take_any or other or found.revision < position.revision
+
+    def _take_batches(self, event: Received) -> Step:
+        begun_at = self._position
+        for batch in event.batches:
+            position = self._position
+            assert position is not None
+            if batch.position.incarnation != position.incarnation:
+                return self._list_anew("another incarnation")
+            if batch.position.revision <= position.revision:
+                continue  # a message that came twice
+            if batch.previous != position.revision:
+                return self._list_anew("a gap in the watch")
+            before = self.snapshot.rejected
+            changed = self._keyspace.apply(batch)
+            self._position = batch.position
+            self._records.append(batch.record)
+            if self._changed is not None:
+                self._changed |= changed
+            if self.snapshot.rejected is not before:
+                self._note_rejections(before)
+        return self._follow(event.now_s, moved=self._position is not begun_at)
+
+    def _take_confirmation(self, event: Confirmed) -> Step:
+        position, now = self._position, event.confirmation
+        assert position is not None
+        self._confirm_costs.append(event.now_s - event.sent_at_s)
+        self._confirm_next(event.now_s)
+        if self.snapshot.origin == "disk":
+            return List()
+        if now.incarnation != position.incarnation:
+            self._take_any = True
+            return self._list_anew("another incarnation")
+        if now.revision < position.revision:
+            return self._renew(position.incarnation)
+        if now.revision > position.revision:
+            # It may be on its way: the watch gets a moment to bring it.
+            self._expected = (now.revision, event.now_s + GRACE_S)
+        elif now.count != self._keyspace.entry_count:
+            return self._list_anew("the number of entries differs")
+        else:
+            self.snapshot._proof.at_s = event.sent_at_s
+        return self._follow(event.now_s)
+
+    def _after_failure(self, event: Failed) -> Step:
+        error, step = event.error, self._step
+        self.error = error
+        position = self._position
+        if isinstance(error, Restored) and position is not None and not isinstance(step, (List, Renew)):
+            return self._renew(position.incarnation)
+        match step:
+            case Renew(known) if isinstance(error, AuthFailed):
+                # Only who may write can rename the history; until someone does, it goes by a name of our own.
+                self._alias = (known, f"{event.own_label}?")
+                self._renewing = None
+                self._take_any = True
+                self._notice("veltrix.restored", "warning", incarnation=self._alias[1])
+                return List()
+            case ReadHistory():
+                self._notice("veltrix.history_unread", "warning", reason=str(error))
+                return self._open_watch()
+            case Confirm() if isinstance(error, Compacted) or self.snapshot.origin == "disk":
+                return List() if self.snapshot.origin == "disk" else self._list_anew(str(error))
+            case Confirm():
+                self._confirm_at_s = event.now_s + GRACE_S
+                return self._follow(event.now_s)
+            case OpenWatch() | Next() if isinstance(error, Compacted):
+                return self._list_anew(str(error))
+            case _:
+                return self._back_off(error)
+
+    def _follow(self, now_s: float, *, moved: bool = False) -> Step:
+        """Wait on the watch until something is due; `moved`: it has just brought something new."""
+        position = self._position
+        assert position is not None
+        due_s = self._confirm_at_s
+        if self._expected is not None:
+            revision, by_s = self._expected
+            if moved:
+                by_s = now_s + GRACE_S  # a burst is on its way: slow is not dead
+                self._expected = revision, by_s
+            if position.revision >= revision:
+                self._expected = None
+            elif now_s >= by_s:
+                self._expected = None
+                self.reconnects += 1
+                self._notice("veltrix.watch_dead", "warning", revision=position.revision, behind=revision)
+                return self._open_watch()
+            else:
+                due_s = min(due_s, by_s)
+        if now_s >= self._confirm_at_s:
+            return Confirm(position)
+        return Next(due_s - now_s)
+
+    def _resume(self) -> Step:
+        """After a pause: watch on where we stood, or list if nothing was taken from the authority yet."""
+        if self._renewing is not None:
+            return Renew(self._renewing)
+        if self._position is None or self._take_any or self.snapshot.origin in {"disk", "none"}:
+            return List()
+        return OpenWatch(self._position)
+
+    def _renew(self, incarnation: str) -> Step:
+        self._renewing = incarnation
+        return Renew(incarnation)
+
+    def _open_watch(self) -> Step:
+        assert self._position is not None
+        return OpenWatch(self._position)
+
+    def _list_anew(self, reason: str) -> Step:
+        first_write = self._position is not None and not self._position.incarnation
+        self._notice("veltrix.relist", "info" if first_write else "warning", reason=reason)
+        return List()
+
+    def _back_off(self, error: StoreError) -> Step:
+        self.error = error
+        if self._failures == 0:
+            self._notice("veltrix.store_failed", "warning", reason=str(error), error=type(error).__name__)
+            self.reconnects += 1
+        most_s = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0**self._failures)
+        self._failures = min(self._failures + 1, 16)
+        return Sleep(self._random.uniform(0, most_s))
+
+    def _confirm_next(self, now_s: float) -> None:
+        """Jittered by a fifth, so that a fleet does not ask in step.
+
+        The cheapest of the last three counts as the cost: a pause of this process is no load on the server.
+        """
+        cost_s = min(self._confirm_costs, default=0.0)
+        interval_s = max(self._confirm_interval_s, CONFIRM_COST_FACTOR * cost_s)
+        self._confirm_at_s = now_s + interval_s * self._random.uniform(0.8, 1.0)
+
+    def _label(self, incarnation: str) -> str:
+        if self._alias is not None and self._alias[0] == incarnation:
+            return self._alias[1]
+        self._alias = None
+        return incarnation
+
+    def _note_rejections(self, before: Mapping[str, Rejection]) -> None:
+        held = [(key, why) for key, why in self.snapshot.rejected.items() if before.get(key) != why]
+        for key, why in held[:20]:
+            self._notice("veltrix.rejected", "warning", key=key, revision=why.revision, reason=why.reason)
+        if len(held) > 20:
+            self._notice("veltrix.rejected", "warning", more=len(held) - 20)
+
+    def _notice(self, event: str, level: str, **fields: Any) -> None:
+        self._notices.append(Notice(event, level, fields))
+
+    def _publication(self) -> Publication | None:
+        """What changed since the last publication, if anything; not while history is still to be read."""
+        snapshot, position = self.snapshot, self._position
+        if snapshot is self._served or position is None or isinstance(self._step, ReadHistory):
+            return None
+        changed = None if self._changed is None else frozenset(self._changed)
+        publication = Publication(snapshot, changed, tuple(self._records), position, tuple(self._left))
+        self._served, self._changed, self._records = snapshot, set(), []
+        return publication
