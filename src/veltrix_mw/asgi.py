@@ -1,0 +1,242 @@
+"""ASGI middleware: pins a view to each HTTP request and websocket.
+
+Owns the ASGI side of a request's view and of the client's lifetime; knows no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.context import get_current
+
+from veltrix_mw.client import ConfigClient, _in_thread
+from veltrix_mw.current import _current, report
+from veltrix_mw.errors import InvalidKey, SettingsError
+from veltrix_mw.request_layers import BAD_LAYER, InvalidLayerPolicy, checked_policy, requested_view
+from veltrix_mw.values import MISSING
+from veltrix_mw.view import CountingView, View
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+__all__ = ["VIEW_KEY", "ConfigMiddleware"]
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+VIEW_KEY: Final = "veltrix.view"
+"""Where the scope carries the view; `scope["state"]["config"]` is the name that apps use."""
+
+_PINNED: Final = frozenset({"http", "websocket"})
+_LAST: Final = frozenset({"http.response.trailers", "http.response.pathsend"})  # that end a response, beside a body
+
+
+class ConfigMiddleware:
+    """Gives every HTTP request and websocket of `app` a view pinned to one snapshot.
+
+    The view is `scope["state"]["config"]` (`request.state.config`) and `current_view()`. The app and the server see
+    nothing else changed. Never raises on its own, and never blocks the event loop, whatever the stores do.
+
+    Args:
+        app: the ASGI application.
+        client: the client; started by the lifespan or by the first request, and closed by the lifespan if it was
+            not started before.
+        layers: `layers(scope)` gives the prefixes laid over the base for this request, for example
+            `["tenants/acme/"]`.
+        attribute: the name in `scope["state"]`.
+        revision_header: whether responses carry `X-Config-Revision`.
+        on_invalid_layer: `reject` answers 400 (a websocket is closed with 1008) to a request whose layer is no
+            prefix; `ignore` drops the layer.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        client: ConfigClient,
+        layers: Callable[[Scope], Sequence[str]] | None = None,
+        attribute: str = "config",
+        revision_header: bool = False,
+        on_invalid_layer: InvalidLayerPolicy = "reject",
+    ) -> None:
+        if not isinstance(client, ConfigClient):
+            raise SettingsError(f"client is a ConfigClient, not {type(client).__name__}")
+        self.app = app  # a name that OpenTelemetry's FastAPI instrumentation walks along
+        self.client = client
+        self._layers = layers
+        self._attribute = attribute
+        self._revision_header = revision_header
+        self._on_invalid_layer: InvalidLayerPolicy = checked_policy(on_invalid_layer)
+        self._views = client._views
+        self._recording_span = client._telemetry.recording_span
+        self._plain = False  # whether the client is ready and requests ask for nothing more
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # One coroutine from server to app: a second one costs a third of all that attaching a view does.
+        kind = scope["type"]
+        if kind not in _PINNED:
+            handler = _Lifespan(self.app, self.client) if kind == "lifespan" else self.app
+            await handler(scope, receive, send)
+            return
+        outer = scope.get(VIEW_KEY)
+        if outer is None and self._plain:
+            # As in `wsgi`: `client.view()`, written out, and a look at the process id now and then.
+            views = self._views
+            views.made = made = views.made + 1
+            if not made & 15:
+                views.ensure_running()
+            view = views.base
+        else:
+            if outer is not None and outer._views is self._views:
+                await self.app(scope, receive, send)  # wrapped twice, or mounted in an app that is wrapped
+                return
+            if not self._plain:
+                await self._start()
+            try:
+                view = requested_view(self.client, self._layers, scope, self._on_invalid_layer)
+            except InvalidKey:
+                await _refuse(scope, receive, send)
+                return
+            if self._revision_header and kind == "http":
+                send = _with_header(send, view)
+        span = self._recording_span() if get_current() else None
+        if span is not None:
+            view = counting = self._views.counting(view)
+            if kind == "http":
+                send = _annotating(send, span, counting)
+        # In place: a copied scope would hide what inner parts add to it (`route`) from outer middleware.
+        state = scope.setdefault("state", {})
+        if outer is not None:
+            shadowed = state.get(self._attribute, MISSING)
+        state[self._attribute] = scope[VIEW_KEY] = view
+        token = _current.set(view)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            try:  # noqa: SIM105 - `suppress` would be a call for each request
+                _current.reset(token)
+            except ValueError:
+                pass  # closed by the garbage collector, in another context: there is nothing to undo
+            if span is not None:
+                report(span, view)
+            if outer is not None:
+                # Another client's middleware further out: its request goes on with its own view.
+                scope[VIEW_KEY] = outer
+                if shadowed is MISSING:
+                    del state[self._attribute]
+                else:
+                    state[self._attribute] = shadowed
+
+    async def _start(self) -> None:
+        client = self.client
+        if not client.ready:
+            client._ensure_running()
+            await client.await_start()
+        # A client that is ready stays so, also across a fork.
+        self._plain = client.ready and self._layers is None and not self._revision_header
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await receive()  # the connect; only then may it be closed
+        await send({"type": "websocket.close", "code": 1008, "reason": BAD_LAYER.decode()})
+        return
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(BAD_LAYER))]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": BAD_LAYER})
+
+
+def _with_header(send: Send, view: View) -> Send:
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            revision = b"%d" % view.revision
+            message = {**message, "headers": [*message.get("headers", ()), (b"x-config-revision", revision)]}
+        await send(message)
+
+    return sending
+
+
+def _annotating(send: Send, span: Span, view: CountingView) -> Send:
+    """Tell the span before the response's last message: OpenTelemetry's instrumentation of ASGI ends it then."""
+
+    async def sending(message: Message) -> None:
+        kind = message["type"]
+        if (kind == "http.response.body" and not message.get("more_body", False)) or kind in _LAST:
+            view._views.telemetry.annotate_request(
+                span,
+                revision=view.revision,
+                origin=view.origin,
+                stale=view.stale,
+                count=view._count,
+                total_s=view._total_ns / 1e9,
+            )
+        await send(message)
+
+    return sending
+
+
+class _Lifespan:
+    """One lifespan of the app: the client runs while it does.
+
+    The app's own answers and failures go through unchanged. An app that ends before it asked for the first message
+    knows no lifespan; it is answered for here, and served all the same.
+    """
+
+    def __init__(self, app: App, client: ConfigClient) -> None:
+        self._app = app
+        self._client = client
+        self._spoke = False
+        self._release: Callable[[], None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._release = self._client.hold()
+
+        async def receiving() -> Message:
+            self._spoke = True
+            return await receive()
+
+        async def sending(message: Message) -> None:
+            self._spoke = True
+            if message["type"] != "lifespan.startup.complete":
+                await self._let_go()
+            await send(message)
+
+        try:
+            try:
+                await self._run(scope, receiving, sending, receive, send)
+            except GeneratorExit:
+                raise  # the loop is gone: nothing can be awaited
+            except BaseException:
+                await self._let_go()
+                raise
+            await self._let_go()
+        finally:
+            self._released()  # what could not be awaited: also trio's cancelled tasks await nothing
+
+    async def _run(self, scope: Scope, receiving: Receive, sending: Send, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receiving, sending)
+        except Exception as exc:
+            # Not to know a scope is told by a ValueError (Django, Channels, asgiref), an AssertionError, a KeyError;
+            # an exception class of the app's own is a failure, and the server's to see.
+            if self._spoke or type(exc).__module__ != "builtins":
+                raise
+        if self._spoke:
+            return
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        await sending({"type": "lifespan.shutdown.complete"})
+
+    async def _let_go(self) -> None:
+        """Release the client, without blocking the loop: closing waits for threads."""
+        if self._release is not None:
+            await _in_thread(self._released)
+
+    def _released(self) -> None:
+        release, self._release = self._release, None
+        if release is not None:
+            release()

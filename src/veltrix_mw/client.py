@@ -1,0 +1,700 @@
+"""The client: one namespace's configuration in this process, followed, read and written.
+
+Owns the lifecycle (start, fork, close) and puts the parts together; each part knows its own job.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
+from weakref import WeakSet
+
+from veltrix_mw.current import Pinned
+from veltrix_mw.errors import AuthFailed, KeyMissing, NotReady, RevisionTimeout, SettingsError
+from veltrix_mw.keys import check_prefix
+from veltrix_mw.operations import Delete, Operation, Put
+from veltrix_mw.snapshot import Entry, Rejection, Snapshot, Version
+from veltrix_mw.telemetry import Observed, Telemetry
+from veltrix_mw.view import View
+from veltrix_mw.views import Views
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import TracerProvider
+
+    from veltrix_mw.follower import Follower
+    from veltrix_mw.protocols import Store
+    from veltrix_mw.replica import Publication
+    from veltrix_mw.subscriptions import Callback
+
+__all__ = ["ConfigClient", "Status", "TierStatus"]
+
+_log = logging.getLogger("veltrix_mw")
+T = TypeVar("T")
+
+CLOSE_S: Final = 2.0
+"""The longest `close` takes: servers give a worker some seconds to go."""
+
+MAX_AGE_S: Final = 15.0
+"""Three confirmation intervals: one may be late, one lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatus:
+    """One store as this process sees it.
+
+    `role` is `authority`; `state` `following`, `listing`, `waiting` (after a failure), `stopped`; `lag` the
+    revisions it is known to be behind; `error` the last failure, empty if none; `url` holds no secret.
+    """
+
+    name: str
+    role: str
+    url: str
+    state: str
+    revision: int
+    lag: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How this process's configuration is: what it serves, how old that is, and how each tier does."""
+
+    ready: bool
+    revision: int
+    incarnation: str
+    origin: str
+    age_s: float
+    stale: bool
+    rejected: Mapping[str, Rejection]
+    relay: str | None
+    tiers: tuple[TierStatus, ...]
+
+
+class ConfigClient:
+    """The configuration of one namespace: follow it, read it, change it.
+
+    Constructing it opens nothing and starts nothing; `start()`, `with`, the first view or the middleware does. Reads
+    never do I/O. Works in threads and across forks: each process follows by itself.
+
+    Args:
+        url: `sqlite:///file.db` (embedded), `memory://` or `memory://name` (this process), or a store object;
+            default `$VELTRIX_URL`.
+        namespace: the namespace, if the URL does not name it.
+        layers: prefixes laid over the base for every view, first wins, for example `("env/prod/",)`.
+        schemas: prefix (ends with '/') or single key to a dataclass, msgspec.Struct, pydantic model or JSON Schema.
+        defaults: the app's own values, under everything.
+        last_known_good: a folder for the file that serves a cold start without a store.
+        telemetry: `off`, `requests` or `lookups`.
+        max_age_s: seconds without a confirmation after which a view counts as stale.
+        start_timeout_s: seconds that the first requests wait for the first list.
+        tracer_provider, meter_provider: OpenTelemetry providers; default the global ones.
+
+    Raises:
+        SettingsError: a setting is missing or wrong.
+    """
+
+    def __init__(
+        self,
+        url: str | Store | None = None,
+        *,
+        namespace: str | None = None,
+        layers: Sequence[str] = (),
+        schemas: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        last_known_good: str | os.PathLike[str] | None = None,
+        telemetry: str = "requests",
+        max_age_s: float = MAX_AGE_S,
+        start_timeout_s: float = 5.0,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+    ) -> None:
+        # Imported here and not above: `import veltrix_mw` is paid by every process, also those that never follow.
+        from veltrix_mw import follower  # noqa: F401  # so that the first request, on its event loop, imports nothing
+        from veltrix_mw.disk import LastKnownGood
+        from veltrix_mw.subscriptions import Subscriptions
+        from veltrix_mw.validation import Schemas
+        from veltrix_mw.writer import Writer
+
+        self._store = _store(url, namespace)
+        info = self._store.info
+        self.namespace: str = info.namespace
+        self._telemetry = Telemetry(telemetry, tracer_provider=tracer_provider, meter_provider=meter_provider)
+        self.start_timeout_s: float = _positive("start_timeout_s", start_timeout_s)
+        try:
+            self._views = Views(
+                layers=_layers(layers),
+                defaults=defaults or {},
+                max_age_s=_positive("max_age_s", max_age_s),
+                telemetry=self._telemetry,
+                trouble=self._trouble,
+                ensure_running=self._ensure_running,
+            )
+        except SettingsError:
+            raise
+        except ValueError as exc:
+            raise SettingsError(f"layers or defaults: {exc}") from exc
+        self._schemas = Schemas(schemas or {}, layers=self._views.layers, defaults=self._views.defaults)
+        self._disk = (
+            None
+            if last_known_good is None
+            else LastKnownGood(last_known_good, namespace=info.namespace, origin_url=info.url)
+        )
+        self._writer = Writer(
+            self._store, schemas=self._schemas, entries=self._current_entries, telemetry=self._telemetry
+        )
+        self._subscriptions = Subscriptions()
+        self._lock = threading.Lock()  # protects _waiting, _holders, and that a follower is stopped once
+        self._pid = 0  # the process that the follower runs in; 0: none
+        self._follower: Follower | None = None
+        self._published: Publication | None = None
+        self._ready: Future[None] = Future()
+        self._give_up_at_s: float | None = None  # when requests stop waiting for the first list
+        self._waiting: list[tuple[int, Future[None]]] = []
+        self._holders = 0
+        self._started_by_caller = False
+        self.rejections: int = 0
+        self._reconnects_before = 0  # those of followers that are gone
+        _clients.add(self)
+        _hook_process()
+
+    # Lifecycle
+
+    def start(self) -> None:
+        """Begin to follow, in a background thread; returns at once. Idempotent, and again after `close`."""
+        self._started_by_caller = True
+        self._ensure_running()
+
+    def close(self) -> None:
+        """Stop following and close every connection; at most 2 s. Views and snapshots stay readable. Idempotent."""
+        with self._lock:
+            follower, self._follower = self._follower, None
+            inherited = self._pid not in {0, os.getpid()}
+            self._pid = 0
+            self._started_by_caller = False
+            if follower is not None:
+                self._reconnects_before += follower.replica.reconnects
+        deadline_s = time.monotonic() + CLOSE_S
+        if follower is not None and not inherited:
+            follower.stop(CLOSE_S * 0.6)
+        self._subscriptions.close()
+        if self._disk is not None and not inherited:
+            self._disk.close(max(0.1, deadline_s - time.monotonic()))
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def hold(self) -> Callable[[], None]:
+        """Start, and keep running until the function that this returns is called; for frameworks' lifespans.
+
+        When the last holder lets go, the client is closed, unless the caller started it himself.
+        """
+        with self._lock:
+            self._holders += 1
+        self._ensure_running()
+        released = threading.Event()
+
+        def release() -> None:
+            with self._lock:
+                if released.is_set():
+                    return
+                released.set()
+                self._holders -= 1
+                last = self._holders == 0 and not self._started_by_caller
+            if last:
+                self.close()
+
+        return release
+
+    def _ensure_running(self) -> None:
+        pid = os.getpid()
+        if self._pid == pid:
+            return
+        # One lock for each process: a forked child finds a new one, whoever held the parent's.
+        with _starting.setdefault(pid, threading.Lock()):
+            if self._pid == pid:
+                return
+            if self._pid != 0:
+                self._after_fork_in_child()  # a server whose forks run no hooks, as uWSGI's by default
+            self._start_follower(pid)
+
+    def _start_follower(self, pid: int) -> None:
+        from veltrix_mw.follower import Follower
+        from veltrix_mw.keyspace import Keyspace
+        from veltrix_mw.replica import Replica
+
+        self._follower = Follower(
+            self._store,
+            replica=Replica(Keyspace(self._schemas), origin=self._store.info.origin),
+            publish=self._publish,
+            telemetry=self._telemetry,
+            prepare=lambda: self._telemetry.observe(self),
+            disk=self._disk,
+            resumed=self._published,
+        )
+        self._pid = pid
+        self._follower.start()
+
+    def _after_fork_in_child(self) -> None:
+        """The follower's thread stayed in the parent, and so did whoever held a lock."""
+        self._lock = threading.Lock()
+        self._waiting = []
+        self._ready = Future()
+        if self._published is not None:
+            self._ready.set_result(None)
+        self._views.after_fork()
+        if self._follower is not None:
+            self._reconnects_before += self._follower.replica.reconnects
+        self._follower = None
+        self._pid = 0
+
+    # Readiness
+
+    @property
+    def ready(self) -> bool:
+        """Whether a list was had, or a last-known-good loaded."""
+        return self._published is not None
+
+    def wait_ready(self, timeout_s: float = 5.0) -> None:
+        """Start, and wait until `ready`. Raises `NotReady`, which says why, after `timeout_s`."""
+        self._ensure_running()
+        try:
+            self._ready.result(timeout_s)
+        except FutureTimeout:
+            raise self._not_ready(timeout_s) from None
+
+    async def await_ready(self, timeout_s: float = 5.0) -> None:
+        """`wait_ready` without blocking the event loop."""
+        self._ensure_running()
+        if not await _awaited(self._ready, timeout_s):
+            raise self._not_ready(timeout_s)
+
+    def _not_ready(self, timeout_s: float) -> NotReady:
+        why = self._trouble()
+        return NotReady(f"nothing was listed within {timeout_s:g} s" + (f": {why}" if why else ""))
+
+    def _trouble(self) -> str:
+        follower = self._follower
+        error = None if follower is None else follower.replica.error
+        return "" if error is None else str(error)
+
+    def _patience_s(self) -> float:
+        """How long a request may still wait for the first list: `start_timeout_s` once, for all of them together."""
+        now_s = time.monotonic()
+        if self._give_up_at_s is None:
+            self._give_up_at_s = now_s + self.start_timeout_s
+        follower = self._follower
+        if follower is not None and isinstance(follower.replica.error, AuthFailed):
+            return 0.0  # waiting mends no permissions
+        return max(0.0, self._give_up_at_s - now_s)
+
+    def wait_start(self) -> None:
+        """What a request does before its view: wait for the first list, once, and then go on in any case."""
+        patience_s = self._patience_s()
+        if patience_s > 0:
+            try:
+                self._ready.result(patience_s)
+            except FutureTimeout:
+                _log.warning("veltrix.not_ready timeout_s=%g reason=%s", self.start_timeout_s, self._trouble())
+
+    async def await_start(self) -> None:
+        """`wait_start` without blocking the event loop."""
+        patience_s = self._patience_s()
+        if patience_s > 0 and not await _awaited(self._ready, patience_s):
+            _log.warning("veltrix.not_ready timeout_s=%g reason=%s", self.start_timeout_s, self._trouble())
+
+    # Reading
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The newest snapshot; before the first list the last-known-good, or an empty one at revision 0."""
+        self._ensure_running()
+        return self._views.base._snapshot
+
+    def view(self, layers: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> View:
+        """A view pinned to the newest snapshot. Raises `InvalidKey` or `InvalidValue` for what is passed wrongly."""
+        if self._pid != os.getpid():
+            self._ensure_running()
+        return self._views.view(layers, overrides)
+
+    def pinned(self, layers: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> Pinned:
+        """`with client.pinned() as view:` makes a view the current one, for a task, a script, a thread.
+
+        Waits for the first list like a request does.
+        """
+        self._ensure_running()
+        if not self.ready:
+            self.wait_start()
+        return Pinned(self.view(layers, overrides))
+
+    def subscribe(self, prefix: str, callback: Callback) -> Callable[[], None]:
+        """Call `callback(changes, snapshot)` after changes below `prefix` ("" for all), on a thread of its own.
+
+        `changes` are `Change`s, ascending by key. A slow callback skips states but never a key's last one; what it
+        raises is logged. Returns the function that ends the subscription. Raises `InvalidKey`.
+        """
+        if prefix:
+            check_prefix(prefix)
+        self._ensure_running()
+        return self._subscriptions.add(prefix, callback, self._views.base._snapshot)
+
+    def wait_for(self, revision: int, timeout_s: float = 5.0) -> None:
+        """Wait until this process serves `revision` or a later one. Raises `RevisionTimeout` after `timeout_s`."""
+        self._ensure_running()
+        waiting = self._wait_at(revision)
+        try:
+            waiting.result(timeout_s)
+        except FutureTimeout:
+            waiting.cancel()
+            raise self._revision_timeout(revision, timeout_s) from None
+
+    async def await_for(self, revision: int, timeout_s: float = 5.0) -> None:
+        """`wait_for` without blocking the event loop."""
+        self._ensure_running()
+        waiting = self._wait_at(revision)
+        if not await _awaited(waiting, timeout_s):
+            raise self._revision_timeout(revision, timeout_s)
+
+    def _wait_at(self, revision: int) -> Future[None]:
+        future: Future[None] = Future()
+        with self._lock:
+            self._waiting = [(at, other) for at, other in self._waiting if not other.done()]
+            self._waiting.append((revision, future))
+        self._wake()
+        return future
+
+    def _revision_timeout(self, revision: int, timeout_s: float) -> RevisionTimeout:
+        why = self._trouble()
+        return RevisionTimeout(
+            f"revision {revision} was not applied here within {timeout_s:g} s; this process is at "
+            f"{self.snapshot.revision}" + (f" ({why})" if why else "")
+        )
+
+    def _wake(self) -> None:
+        published = self._published
+        if published is None or published.snapshot.origin == "disk":
+            return
+        with self._lock:
+            due = [future for at, future in self._waiting if at <= published.snapshot.revision]
+            if due:
+                self._waiting = [(at, future) for at, future in self._waiting if at > published.snapshot.revision]
+        for future in due:
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)
+
+    def _publish(self, publication: Publication) -> None:
+        """Called by the follower's thread alone."""
+        snapshot = publication.snapshot
+        before = self._views.base._snapshot
+        self.rejections += sum(1 for key, why in snapshot.rejected.items() if before.rejected.get(key) != why)
+        self._views.publish(snapshot, publication.changed)
+        self._published = publication  # after: a client that says it is ready has a view that is
+        if not self._ready.done():
+            self._ready.set_result(None)
+        self._wake()
+        self._subscriptions.offer(snapshot, publication.changed)
+
+    # Writing
+
+    def read(self, keys: Sequence[str], revision: int | None = None) -> dict[str, Entry]:
+        """The present ones of `keys`, straight from the authority: linearizable now, or as of a past `revision`.
+
+        Raises `StoreUnavailable`, `Compacted`, `InvalidKey`, `InvalidValue` (a stored value is not JSON).
+        """
+        return self._writer.read(keys, revision)
+
+    def list(self, revision: int | None = None) -> Snapshot:
+        """Every entry, straight from the authority, at one revision: linearizable now, or as of a past `revision`.
+
+        Needs no follower and starts none. What does not decode, or breaks a schema, is in the snapshot's `rejected`.
+        Raises `StoreUnavailable`, `Compacted`, `InvalidValue` (more than a worker holds), `ValueError` (there is no
+        such revision yet).
+        """
+        from veltrix_mw.follower import LIST_TIMEOUT_S
+        from veltrix_mw.keyspace import Keyspace
+
+        sent_at_s = time.monotonic()
+        if revision is None:
+            listing = self._store.list(timeout_s=LIST_TIMEOUT_S)
+        else:
+            listing = self._store.list_at(revision, timeout_s=LIST_TIMEOUT_S)
+        keyspace = Keyspace(self._schemas)
+        keyspace.restore(
+            listing,
+            incarnation=listing.position.incarnation,
+            origin=self._store.info.origin,
+            proved_at_s=sent_at_s,
+        )
+        return keyspace.snapshot
+
+    def put(self, key: str, value: Any, *, expected: int | None = None, author: str = "", reason: str = "") -> int:
+        """Set a key; returns the revision that did it.
+
+        `expected` is the `mod_revision` that the key must have, 0 for "must be absent". Raises `Conflict`,
+        `InvalidKey`, `InvalidValue`, `AuthFailed`, `StoreUnavailable` (its fate is unknown: read again).
+        """
+        return self._writer.write([Put(key, value, expected)], author=author, reason=reason)
+
+    @overload
+    def delete(self, key: str, *, expected: int | None = None, author: str = "", reason: str = "") -> int: ...
+    @overload
+    def delete(
+        self, key: str, *, expected: int | None = None, missing_ok: bool, author: str = "", reason: str = ""
+    ) -> int | None: ...
+    def delete(
+        self,
+        key: str,
+        *,
+        expected: int | None = None,
+        missing_ok: bool = False,
+        author: str = "",
+        reason: str = "",
+    ) -> int | None:
+        """Remove a key; returns the revision that did it.
+
+        Raises `KeyMissing` when it is absent; with `missing_ok` returns None then. Else raises what `put` does.
+        """
+        try:
+            return self._writer.write([Delete(key, expected)], author=author, reason=reason)
+        except KeyMissing:
+            if missing_ok:
+                return None
+            raise
+
+    def write(self, operations: Iterable[Operation], *, author: str = "", reason: str = "") -> int:
+        """Apply `Put`s and `Delete`s as one revision, all or none; returns it. Raises what `put` and `delete` do."""
+        return self._writer.write(operations, author=author, reason=reason)
+
+    def history(self, key: str, *, limit: int = 100) -> tuple[Version, ...]:
+        """The versions of `key` that the authority keeps, newest first, at most `limit`."""
+        return self._writer.history(key, limit=limit)
+
+    def rollback(self, revision: int, *, author: str = "", reason: str = "") -> int:
+        """Write a new revision with the keyspace as it was at `revision`; returns the new one.
+
+        Raises `Compacted` when `revision` is no longer kept, `Conflict` when someone wrote meanwhile.
+        """
+        return self._writer.rollback(revision, author=author, reason=reason)
+
+    async def aput(
+        self, key: str, value: Any, *, expected: int | None = None, author: str = "", reason: str = ""
+    ) -> int:
+        """`put` without blocking the event loop."""
+        return await _in_thread(lambda: self.put(key, value, expected=expected, author=author, reason=reason))
+
+    async def adelete(
+        self,
+        key: str,
+        *,
+        expected: int | None = None,
+        missing_ok: bool = False,
+        author: str = "",
+        reason: str = "",
+    ) -> int | None:
+        """`delete` without blocking the event loop."""
+        return await _in_thread(
+            lambda: self.delete(key, expected=expected, missing_ok=missing_ok, author=author, reason=reason)
+        )
+
+    async def awrite(self, operations: Iterable[Operation], *, author: str = "", reason: str = "") -> int:
+        """`write` without blocking the event loop."""
+        return await _in_thread(lambda: self.write(operations, author=author, reason=reason))
+
+    async def aread(self, keys: Sequence[str], revision: int | None = None) -> dict[str, Entry]:
+        """`read` without blocking the event loop."""
+        return await _in_thread(lambda: self.read(keys, revision))
+
+    def _current_entries(self) -> Any:
+        """What the authority has now, as far as the writer's schema check needs it."""
+        published = self._published
+        if published is not None and published.snapshot.origin != "disk" and self._pid == os.getpid():
+            return published.snapshot._entries
+        from veltrix_mw.keyspace import Keyspace
+
+        keyspace = Keyspace(self._schemas)
+        listing = self._store.list(timeout_s=CLOSE_S * 2)
+        keyspace.restore(listing, incarnation="", origin="", proved_at_s=0.0)
+        return keyspace.snapshot._entries
+
+    # Telling
+
+    def status(self) -> Status:
+        """How this process's configuration is. Does no I/O."""
+        view = self._views.base
+        snapshot = view._snapshot
+        follower = self._follower
+        info = self._store.info
+        running = follower is not None and follower.alive and self._pid == os.getpid()
+        error = follower.replica.error if follower is not None else None
+        tier = TierStatus(
+            name=info.origin,
+            role="authority",
+            url=info.url,
+            state=follower.replica.state if running and follower is not None else "stopped",
+            revision=snapshot.revision if snapshot.origin == info.origin else 0,
+            lag=follower.replica.lag if follower is not None else 0,
+            error="" if error is None else str(error),
+        )
+        return Status(
+            ready=self.ready,
+            revision=snapshot.revision,
+            incarnation=snapshot.incarnation,
+            origin=snapshot.origin,
+            age_s=view.age_s,
+            stale=view.stale,
+            rejected=snapshot.rejected,
+            relay=None,
+            tiers=(tier,),
+        )
+
+    def __repr__(self) -> str:
+        info = self._store.info
+        return f"<ConfigClient {info.url} namespace={info.namespace}>"
+
+    # What the observable instruments read
+
+    @property
+    def views(self) -> int:
+        """How many views were taken."""
+        return self._views.made
+
+    @property
+    def reconnects(self) -> int:
+        """How often the follower had to begin a watch or a list anew."""
+        follower = self._follower
+        return self._reconnects_before + (0 if follower is None else follower.replica.reconnects)
+
+    def observe(self) -> Observed:
+        """What is served now."""
+        view = self._views.base
+        return Observed(view.age_s, view.revision, len(view._snapshot))
+
+
+def _store(url: str | Store | None, namespace: str | None) -> Store:
+    from veltrix_mw.protocols import Store
+    from veltrix_mw.settings import find_url, parse_url
+    from veltrix_mw.stores.opening import open_store
+
+    if url is None or isinstance(url, str):
+        return open_store(parse_url(find_url(url), namespace=namespace))
+    if isinstance(url, Store):
+        if namespace is not None and namespace != url.info.namespace:
+            raise SettingsError(f"the store's namespace is {url.info.namespace!r}, the argument's {namespace!r}")
+        return url
+    raise SettingsError(f"a config URL is a str such as sqlite:///config.db, or a store; not {type(url).__name__}")
+
+
+def _layers(layers: Sequence[str]) -> Sequence[str]:
+    if isinstance(layers, str):
+        raise SettingsError(f"layers is a sequence of prefixes; write ({layers!r},)")
+    return layers
+
+
+def _positive(name: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise SettingsError(f"{name} is a positive number of seconds, not {value!r}")
+    return float(value)
+
+
+async def _awaited(future: Future[None], timeout_s: float) -> bool:
+    """Whether `future` was done in time. On a loop that is neither asyncio's nor trio's it does not wait."""
+    if future.done():
+        return True
+    trio = _trio()
+    if trio is not None:
+        # The thread ends by itself, so a cancelled request may leave it behind.
+        await trio.to_thread.run_sync(_waited, future, timeout_s, abandon_on_cancel=True)
+        return future.done()
+    import asyncio
+
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    woken = loop.create_future()
+
+    def wake() -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    def done(_: Future[None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody is left to wake
+            loop.call_soon_threadsafe(wake)
+
+    future.add_done_callback(done)
+    try:
+        await asyncio.wait_for(woken, timeout_s)
+    except TimeoutError:
+        return future.done()
+    return True
+
+
+def _waited(future: Future[None], timeout_s: float) -> None:
+    with contextlib.suppress(FutureTimeout):
+        future.result(timeout_s)
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """`call()`, off the event loop: asyncio's or trio's. On any other loop there is no thread to go to."""
+    trio = _trio()
+    if trio is not None:
+        result: T = await trio.to_thread.run_sync(call)
+        return result
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return call()
+    return await asyncio.to_thread(call)
+
+
+def _trio() -> Any:
+    """The trio package, if it runs the calling task; it is never imported here."""
+    trio = sys.modules.get("trio")
+    return trio if trio is not None and trio.lowlevel.in_trio_run() else None
+
+
+# The process: forks and exits
+
+_clients: WeakSet[ConfigClient] = WeakSet()
+_starting: dict[int, threading.Lock] = {}  # by process id: protects that a client starts one follower
+_hooked = False
+
+
+def _hook_process() -> None:
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        os.register_at_fork(after_in_child=_forked)
+        atexit.register(_exiting)
+
+
+def _forked() -> None:
+    for client in list(_clients):
+        client._after_fork_in_child()
+
+
+def _exiting() -> None:
+    # Only what runs in this process: a forked worker must not wait for its parent's threads.
+    for client in list(_clients):
+        if client._pid == os.getpid():
+            client.close()

@@ -1,0 +1,194 @@
+"""The current view: which view a piece of code reads, wherever it runs.
+
+Owns the ContextVar, and the pin that holds it for a request, a task or a script and reports the reads at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from veltrix_mw.errors import NoCurrentView
+from veltrix_mw.overrides import process_overrides
+from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.view import CountingView, View
+from veltrix_mw.views import Views, checked_layers
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+__all__ = ["Pinned", "carry_view", "current_view", "report"]
+
+T = TypeVar("T")
+
+_current: ContextVar[View] = ContextVar("veltrix_view")
+
+
+def current_view() -> View:
+    """The view of the request that is being handled here.
+
+    Works in whatever was given the request's context: handlers, templates, tasks, `asyncio.to_thread`. Outside of
+    a request, and without `client.pinned()` around the call, raises `NoCurrentView`; while `override_config` is
+    active it then gives a view of the overrides alone.
+    """
+    view = _current.get(None)
+    if view is not None:
+        return view
+    if process_overrides():
+        return _overrides_alone()
+    raise NoCurrentView(
+        "there is no request here: wrap the call in `with client.pinned():`, or give a thread or greenlet of your own "
+        "the request's view with `carry_view(fn)`"
+    )
+
+
+def carry_view(fn: Callable[..., T]) -> Callable[..., T]:
+    """`fn`, run with the view that is current now, wherever it is called.
+
+    For what does not inherit the context: `loop.run_in_executor`, `threading.Thread`, `gevent.spawn`.
+    """
+    view = current_view()
+
+    def run(*args: Any, **kwargs: Any) -> T:
+        token = _current.set(view)
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            _current.reset(token)
+
+    return run
+
+
+def reset_current(token: Token[View]) -> None:
+    """End a `_current.set`; does nothing in a context that is not the one it was set in."""
+    try:
+        _current.reset(token)
+    except ValueError:
+        # A coroutine or generator that the garbage collector closes is closed in another context: nothing to undo.
+        return
+
+
+class Pinned:
+    """A view that is current for a while: a request, a task, a script.
+
+    A context manager; leaving it ends the pin and reports the request's reads to its span, once. Of a view that is
+    counted already (a pin within a pin), the reads are handed to the outer one.
+    """
+
+    __slots__ = ("_outer", "_reported", "_span", "_tokens", "view")
+
+    def __init__(self, view: View) -> None:
+        self.view: View = view
+        self._outer: CountingView | None = view if isinstance(view, CountingView) else None
+        self._span: Span | None = None
+        self._reported = False
+        self._tokens: list[Token[View]] = []
+        self.attach()
+
+    def __enter__(self) -> View:
+        self._tokens.append(_current.set(self.view))
+        return self.view
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.leave()
+        self.report()
+
+    def attach(self) -> View:
+        """Take the span that is current as the request's, if it has none; for frameworks that begin theirs late.
+
+        Returns the view to read from now on, at the same revision.
+        """
+        if self._span is None and self._outer is None and not self._reported:
+            self._span = self.view._views.telemetry.recording_span()
+            if self._span is not None:
+                self._replace(self.view._views.counting(self.view))
+        return self.view
+
+    def lay(self, layers: Sequence[str]) -> View:
+        """Lay a request's prefixes over the base, at the revision that is pinned. Raises `InvalidKey`.
+
+        Returns the view to read from now on.
+        """
+        checked = checked_layers(layers)
+        if not checked:
+            return self.view
+        view, views = self.view, self.view._views
+        laid = views._layered_view(checked, None)
+        if laid._snapshot is not view._snapshot or laid._overrides is not view._overrides:
+            laid = View._make(views, view._snapshot, checked, view._overrides, {})
+        if isinstance(view, CountingView):
+            laid = views.counting(laid)
+            if view is not self._outer:
+                laid._count, laid._total_ns = view._count, view._total_ns
+        self._replace(laid)
+        return laid
+
+    def _replace(self, view: View) -> None:
+        self.view = view
+        if self._tokens:
+            _current.set(view)  # the token of the first `set` still ends it
+
+    def leave(self) -> None:
+        """Make the view current no longer; idempotent."""
+        if self._tokens:
+            reset_current(self._tokens.pop())
+
+    def annotate(self) -> None:
+        """Tell the request's span what config cost so far; for spans that end before the request does."""
+        if self._span is not None and isinstance(self.view, CountingView):
+            self.view._views.telemetry.annotate_request(
+                self._span,
+                revision=self.view.revision,
+                origin=self.view.origin,
+                stale=self.view.stale,
+                count=self.view._count,
+                total_s=self.view._total_ns / 1e9,
+            )
+
+    def report(self) -> None:
+        """Tell the request's span what config cost, once; idempotent."""
+        reported, self._reported = self._reported, True
+        if reported:
+            return
+        span, self._span = self._span, None
+        outer = self._outer
+        if span is not None:
+            report(span, self.view)
+        elif outer is not None and outer is not self.view and isinstance(self.view, CountingView):
+            outer._count += self.view._count
+            outer._total_ns += self.view._total_ns
+
+    @staticmethod
+    def prefer_current(view: View) -> View:
+        """The current view if it is of the same client as `view`, else `view`."""
+        current = _current.get(None)
+        return current if current is not None and current._views is view._views else view
+
+
+def report(span: Span, view: View) -> None:
+    """Tell a request's span what config cost it."""
+    counted = view if isinstance(view, CountingView) else None
+    view._views.telemetry.report_request(
+        span,
+        revision=view.revision,
+        origin=view.origin,
+        stale=view.stale,
+        count=counted._count if counted else 0,
+        total_s=counted._total_ns / 1e9 if counted else 0.0,
+    )
+
+
+_detached: Views | None = None
+
+
+def _overrides_alone() -> View:
+    """A view of the process's overrides, for code under test that runs without a client."""
+    global _detached
+    if _detached is None:
+        _detached = Views()
+        _detached.publish(Snapshot(origin="override"), None)
+    return _detached.base

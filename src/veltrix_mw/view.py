@@ -1,0 +1,454 @@
+"""The view: what one request reads, pinned to one snapshot.
+
+Owns how overrides, layers, base and defaults resolve, and the memo that makes a hot read one subscript. Does no I/O.
+Knows no framework and no client; of the `Views` that made it, it asks for what all views of a client share.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
+
+from veltrix_mw.deriving import MOST_DERIVED, Derived
+from veltrix_mw.errors import HeldBack, KeyMissing, NotReady
+from veltrix_mw.keys import check_key, check_prefix, is_key
+from veltrix_mw.section import Section
+from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.values import MISSING
+
+if TYPE_CHECKING:
+    from veltrix_mw.views import Views
+
+__all__ = ["CountingView", "LookupView", "View"]
+
+T = TypeVar("T")
+Model = TypeVar("Model")
+
+_HOT_KEYS: Final = 1024  # keys a memo holds: what an app reads by name; a scan only empties it
+_SECTIONS: Final = 256
+
+
+class View(Mapping[str, Any]):
+    """One request's configuration: a mapping from key to frozen value, pinned to one snapshot.
+
+    Every read sees the same revision, does no I/O and takes no lock. A key is looked up in the overrides, the
+    request's layers in order, the client's layers, the base, the defaults; the first that has it wins.
+
+    Reading raises `KeyMissing` (no such key), `HeldBack` (its value was rejected and no good one is known), or
+    `NotReady` (nothing was listed yet; keys in the defaults can be read all the same). `get` gives its default for
+    `KeyMissing` alone.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_derived",
+        "_hot",
+        "_keys",
+        "_layers",
+        "_overrides",
+        "_request_layers",
+        "_sections",
+        "_snapshot",
+        "_views",
+    )
+
+    _hot: dict[str, Any]  # memo of keys that were read and found
+    _snapshot: Snapshot
+    _views: Views
+    _layers: tuple[str, ...]  # the request's, then the client's
+    _request_layers: tuple[str, ...]
+    _overrides: Mapping[str, Any]
+    _keys: tuple[str, ...] | None
+    _sections: dict[str, Section]
+    _derived: dict[Any, Derived]
+
+    def __init__(self) -> None:
+        raise TypeError("views are made by client.view(), by the middleware and by client.pinned()")
+
+    @classmethod
+    def _make(
+        cls,
+        views: Views,
+        snapshot: Snapshot,
+        request_layers: tuple[str, ...],
+        overrides: Mapping[str, Any],
+        hot: dict[str, Any],
+    ) -> View:
+        view = object.__new__(cls)
+        view._hot = hot
+        view._snapshot = snapshot
+        view._views = views
+        view._request_layers = request_layers
+        view._layers = request_layers + views.layers
+        view._overrides = overrides
+        view._keys = None
+        view._sections = {}
+        view._derived = {}
+        return view
+
+    def _as(self, kind: type[_V]) -> _V:
+        """This view with another way of reading; what was memoized is shared."""
+        view = object.__new__(kind)
+        view._hot = self._hot
+        view._snapshot = self._snapshot
+        view._views = self._views
+        view._request_layers = self._request_layers
+        view._layers = self._layers
+        view._overrides = self._overrides
+        view._keys = self._keys
+        view._sections = self._sections
+        view._derived = self._derived
+        return view
+
+    # Reading
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return self._hot[key]
+        except KeyError:
+            pass  # and not below: an error raised there would show this one as its context
+        return self._find(key)
+
+    def get(self, key: str, /, default: Any = None) -> Any:
+        """The value of `key`, or `default` when there is none. Raises `HeldBack` and `NotReady` like `[]`."""
+        try:
+            return self._hot[key]
+        except KeyError:
+            pass
+        value = self._remembered(key)
+        return default if value is MISSING else value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._hot or self._remembered(key) is not MISSING
+
+    def _find(self, key: str) -> Any:
+        value = self._remembered(key)
+        if value is MISSING:
+            raise self._absent(key)
+        return value
+
+    def _remembered(self, key: object) -> Any:
+        """`_resolve`, and what it finds goes into the memo."""
+        value = self._resolve(key)
+        if value is not MISSING:
+            hot = self._hot
+            if len(hot) >= _HOT_KEYS:
+                hot.clear()
+            hot[key] = value  # type: ignore[index]
+        return value
+
+    def _resolve(self, key: object) -> Any:
+        """The value of `key` by the order of precedence, or `MISSING`; raises `HeldBack` or `NotReady`."""
+        if not isinstance(key, str):
+            return MISSING
+        if key in self._overrides:
+            return self._overrides[key]
+        snapshot = self._snapshot
+        defaults = self._views.defaults
+        if snapshot._origin == "none":
+            if key in defaults:
+                return defaults[key]
+            raise self._not_ready(key)
+        entries = snapshot._entries
+        for layer in self._layers:
+            value = entries.get(layer + key)
+            if value is not MISSING:
+                return value
+        value = entries.get(key)
+        if value is not MISSING:
+            return value
+        if key in defaults:
+            return defaults[key]
+        if snapshot._rejected:
+            for name in (*(layer + key for layer in self._layers), key):
+                held = snapshot._rejected.get(name)
+                if held is not None and not held.deleted:
+                    raise HeldBack(f"{name!r} is held back: revision {held.revision} was rejected ({held.reason})")
+        return MISSING
+
+    def _absent(self, key: object) -> KeyMissing:
+        if not isinstance(key, str) or not is_key(key):
+            return KeyMissing(f"{key!r} is not a key; keys look like checkout/max_items")
+        below = f", nor below {', '.join(self._layers)}" if self._layers else ""
+        return KeyMissing(f"there is no key {key!r} at revision {self._snapshot._revision}{below}")
+
+    def _not_ready(self, what: str) -> NotReady:
+        reason = self._views.trouble()
+        return NotReady(
+            f"cannot read {what!r}: nothing was listed yet and no last-known-good was found"
+            + (f" ({reason})" if reason else "")
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all_keys())
+
+    def __len__(self) -> int:
+        return len(self._all_keys())
+
+    def _all_keys(self) -> tuple[str, ...]:
+        keys = self._keys
+        if keys is None:
+            if self._snapshot._origin == "none" and not self._overrides and not self._views.defaults:
+                raise self._not_ready("the keys")
+            found = set(self._snapshot._entries) | set(self._views.defaults) | set(self._overrides)
+            for layer in self._layers:
+                cut = len(layer)
+                found.update(item[0][cut:] for item in self._snapshot.below(layer))
+            keys = self._keys = tuple(sorted(found))
+        return keys
+
+    def __repr__(self) -> str:
+        layers = f" layers={','.join(self._layers)}" if self._layers else ""
+        return f"<View revision={self.revision} origin={self.origin}{layers}>"
+
+    # What it is pinned to
+
+    @property
+    def revision(self) -> int:
+        """The revision that every read of this view sees."""
+        return self._snapshot._revision
+
+    @property
+    def incarnation(self) -> str:
+        """The label of the history that the revision belongs to."""
+        return self._snapshot._incarnation
+
+    @property
+    def origin(self) -> str:
+        """The tier its snapshot came from: `etcd`, `redis`, `sqlite`, `memory`, `disk` or `none`."""
+        return self._snapshot._origin
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since its snapshot was last proved current; `inf` before that. Goes on ticking."""
+        at_s = self._snapshot._proof.at_s
+        return math.inf if at_s == -math.inf else max(0.0, self._views.clock() - at_s)
+
+    @property
+    def stale(self) -> bool:
+        """Whether `age_s` is beyond the client's `max_age_s`."""
+        return self.age_s > self._views.max_age_s
+
+    def renew(self) -> View:
+        """A new view with the same layers and overrides, pinned now: for long streams and websockets."""
+        return self._views.view(self._request_layers, self._overrides)
+
+    # Sections, models, derived values
+
+    def section(self, prefix: str) -> Section:
+        """The mapping below `prefix` (which ends with '/'), the prefix cut off. Costs its own size, once a view.
+
+        Raises `InvalidKey` for what is no prefix, `NotReady` when nothing was listed yet.
+        """
+        return self._section(check_prefix(prefix))
+
+    def _section(self, prefix: str) -> Section:
+        section = self._sections.get(prefix)
+        if section is None:
+            section = self._make_section(prefix)
+            if len(self._sections) >= _SECTIONS:
+                self._sections.clear()
+            self._sections[prefix] = section
+        return section
+
+    def _make_section(self, prefix: str) -> Section:
+        snapshot, cut = self._snapshot, len(prefix)
+        found = {key[cut:]: value for key, value in self._views.defaults.items() if key.startswith(prefix)}
+        if snapshot._origin == "none" and not found and not self._overrides:
+            raise self._not_ready(prefix)
+        for layer in ("", *reversed(self._layers)):
+            start = len(layer) + cut
+            found.update({item[0][start:]: item[1] for item in snapshot.below(layer + prefix)})
+        found.update({key[cut:]: value for key, value in self._overrides.items() if key.startswith(prefix)})
+        held: dict[str, HeldBack] = {}
+        for name, why in snapshot._rejected.items():
+            for layer in (*self._layers, ""):
+                key = name[len(layer) + cut :]
+                if name.startswith(layer + prefix) and key not in found and not why.deleted:
+                    held[key] = HeldBack(f"{name!r} is held back: revision {why.revision} was rejected ({why.reason})")
+                    break
+        return Section(prefix, found, held)
+
+    @overload
+    def bind(self, model: type[Model], prefix: str) -> Model: ...
+    @overload
+    def bind(self, model: Any, prefix: str) -> Any: ...
+    def bind(self, model: Any, prefix: str) -> Any:
+        """The keys below `prefix` (or one key, without the trailing '/') as `model`, typed and validated.
+
+        `model` is a dataclass, a msgspec.Struct, a pydantic model or a JSON Schema. Done once per change of what it
+        read; the result is shared by requests, so give it a frozen model. Raises `InvalidValue` that names the key,
+        and what reading raises.
+        """
+        try:
+            hash(model)
+            name = ("bind", model, prefix)
+        except TypeError:
+            name = ("bind", id(model), prefix)
+
+        def build(view: View) -> Any:
+            from veltrix_mw import validation
+
+            if prefix.endswith("/"):
+                section = view.section(prefix)
+                for held in section._held.values():
+                    raise HeldBack(str(held))
+                return validation.bind(model, prefix, section)
+            key = check_key(prefix)
+            value = view._read(key)
+            return validation.bind(model, key, {} if value is MISSING else {"": value})
+
+        return self._derive(name, build, model).result
+
+    def derive(self, fn: Callable[[View], T]) -> T:
+        """`fn(view)`, computed once per change of the keys that it read, and shared by requests and threads.
+
+        Pass the same function each time (one defined at module level): it is the name that the result is kept
+        under. Raises what `fn` raises; nothing is kept then.
+        """
+        result: T = self._derive(fn, fn, fn).result
+        return result
+
+    def _derive(self, name: Any, fn: Callable[[View], Any], model: Any) -> Derived:
+        derived = self._derived.get(name)
+        if derived is not None:
+            return derived
+        shared = (name, self._request_layers)
+        derived = self._views.derived.get(shared)
+        if derived is None or not derived.holds_in(self):
+            flight = (shared, id(self._snapshot), id(self._overrides))
+            derived = self._views.flights.run(flight, lambda: self._compute(fn, model))
+            self._views.derived.put(shared, derived)
+        if len(self._derived) >= MOST_DERIVED:
+            self._derived.clear()
+        self._derived[name] = derived
+        return derived
+
+    def _compute(self, fn: Callable[[View], Any], model: Any) -> Derived:
+        tracking = self._as(_TrackingView)
+        tracking._reads, tracking._read_sections = {}, {}
+        result = fn(tracking)
+        keys, sections = tracking._reads, tracking._read_sections
+        # `fn` may have kept the view: what it reads later is nobody's dependency.
+        tracking._reads, tracking._read_sections = {}, {}
+        return Derived(result, keys, sections, model)
+
+    def _read(self, key: str) -> Any:
+        """The value of `key` or `MISSING`, by the public path, so that it is tracked."""
+        return self.get(key, MISSING)
+
+
+_V = TypeVar("_V", bound=View)
+
+
+class _TrackingView(View):
+    """A view that notes what is read from it, for `derive`."""
+
+    __slots__ = ("_read_sections", "_reads")
+
+    _reads: dict[str, Any]
+    _read_sections: dict[str, Section]
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._noted(key)
+        if value is MISSING:
+            raise self._absent(key)
+        return value
+
+    def get(self, key: str, /, default: Any = None) -> Any:
+        value = self._noted(key)
+        return default if value is MISSING else value
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._noted(key) is not MISSING
+
+    def _noted(self, key: str) -> Any:
+        value = self._remembered(key)
+        if isinstance(key, str):
+            self._reads[key] = value
+        return value
+
+    def _section(self, prefix: str) -> Section:
+        section = self._read_sections[prefix] = super()._section(prefix)
+        return section
+
+    def _all_keys(self) -> tuple[str, ...]:
+        self._read_sections[""] = View._section(self, "")
+        return super()._all_keys()
+
+    def _derive(self, name: Any, fn: Callable[[View], Any], model: Any) -> Derived:
+        derived = super()._derive(name, fn, model)
+        self._reads.update(derived.keys)
+        self._read_sections.update(derived.sections)
+        return derived
+
+
+class CountingView(View):
+    """The view of a request whose span records: it counts and times its reads.
+
+    Reads of several threads at once may be counted as one: the figures are for people.
+    """
+
+    __slots__ = ("_count", "_total_ns")
+
+    _count: int
+    _total_ns: int
+
+    def __getitem__(self, key: str) -> Any:
+        begun = time.perf_counter_ns()
+        try:
+            return View.__getitem__(self, key)
+        finally:
+            self._counted(begun)
+
+    def get(self, key: str, /, default: Any = None) -> Any:
+        begun = time.perf_counter_ns()
+        try:
+            return View.get(self, key, default)
+        finally:
+            self._counted(begun)
+
+    def __contains__(self, key: object) -> bool:
+        begun = time.perf_counter_ns()
+        try:
+            return View.__contains__(self, key)
+        finally:
+            self._counted(begun)
+
+    def _section(self, prefix: str) -> Section:
+        begun = time.perf_counter_ns()
+        try:
+            return super()._section(prefix)
+        finally:
+            self._counted(begun)
+
+    def _derive(self, name: Any, fn: Callable[[View], Any], model: Any) -> Derived:
+        begun = time.perf_counter_ns()
+        try:
+            return super()._derive(name, fn, model)
+        finally:
+            self._counted(begun)
+
+    def _counted(self, begun_ns: int) -> None:
+        self._count += 1
+        self._total_ns += time.perf_counter_ns() - begun_ns
+
+
+class LookupView(CountingView):
+    """A counting view that also opens a span for each read: level `lookups`."""
+
+    __slots__ = ()
+
+    def __getitem__(self, key: str) -> Any:
+        with self._views.telemetry.lookup(key):
+            return super().__getitem__(key)
+
+    def get(self, key: str, /, default: Any = None) -> Any:
+        with self._views.telemetry.lookup(key) as outcome:
+            value = super().get(key, MISSING)
+            if value is MISSING:
+                outcome.result = "miss"
+                return default
+            return value

@@ -1,0 +1,132 @@
+"""Views: makes a client's views, and keeps those that requests share.
+
+Owns which view a request gets, and what all of them share: layers, defaults, derived values, the clock of their age.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from veltrix_mw.coalesce.single_flight import SingleFlight
+from veltrix_mw.deriving import DerivedCache
+from veltrix_mw.errors import InvalidKey
+from veltrix_mw.keys import check_key, check_prefix
+from veltrix_mw.overrides import process_overrides, tell_of_overrides
+from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.telemetry import Telemetry
+from veltrix_mw.values import FrozenDict, freeze
+from veltrix_mw.view import CountingView, LookupView, View
+
+__all__ = ["Views", "checked_layers"]
+
+_LAYERED_VIEWS: Final = 256  # combinations of request layers whose view is kept for a snapshot
+
+
+def _no_trouble() -> str:
+    return ""
+
+
+def _nothing_runs() -> None:
+    return None
+
+
+class Views:
+    """Makes a client's views: one for all requests of a snapshot that have no layers of their own.
+
+    `publish` is called by one thread; `view` by any.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[str] = (),
+        defaults: Mapping[str, Any] = FrozenDict(),
+        max_age_s: float = 15.0,
+        telemetry: Telemetry | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        trouble: Callable[[], str] = _no_trouble,
+        ensure_running: Callable[[], None] = _nothing_runs,
+    ) -> None:
+        self.layers = tuple(check_prefix(layer) for layer in layers)
+        self.defaults = FrozenDict({check_key(key): freeze(value) for key, value in defaults.items()})
+        self.max_age_s = max_age_s
+        self.telemetry = Telemetry("off") if telemetry is None else telemetry
+        self.clock = clock
+        self.trouble = trouble
+        self.ensure_running = ensure_running
+        self.derived = DerivedCache()
+        self.flights = SingleFlight()
+        self.made = 0  # views given out
+        self._layered: OrderedDict[tuple[str, ...], View] = OrderedDict()
+        self._lock = threading.Lock()  # protects _layered's order, and publish against override_process
+        self.base = View._make(self, Snapshot(), (), process_overrides(), {})
+        tell_of_overrides(self)
+
+    def publish(self, snapshot: Snapshot, changed: frozenset[str] | None) -> None:
+        """Serve `snapshot` from now on. `changed` names the keys that may differ; None: any may."""
+        with self._lock:
+            hot: dict[str, Any] = {}
+            if changed is not None and self.base._overrides is process_overrides():
+                hot = self.base._hot.copy()
+                for key in changed:
+                    hot.pop(key, None)
+                    for layer in self.layers:
+                        if key.startswith(layer):
+                            hot.pop(key[len(layer) :], None)
+            self._rebase(snapshot, hot)
+
+    def after_fork(self) -> None:
+        """Make the locks anew in a forked child: another thread of the parent may have held them."""
+        self._lock = threading.Lock()
+        self.derived = DerivedCache()
+        self.flights = SingleFlight()
+
+    def override(self) -> None:
+        """Take up the process's overrides as they are now."""
+        with self._lock:
+            self._rebase(self.base._snapshot, {})
+
+    def _rebase(self, snapshot: Snapshot, hot: dict[str, Any]) -> None:
+        self._layered = OrderedDict()
+        self.base = View._make(self, snapshot, (), process_overrides(), hot)
+
+    def view(self, layers: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> View:
+        """A view pinned to the newest snapshot. Raises `InvalidKey` for a layer or key that is none."""
+        self.made += 1
+        if not layers and not overrides:
+            return self.base
+        return self._layered_view(checked_layers(layers), overrides)
+
+    def _layered_view(self, layers: tuple[str, ...], overrides: Mapping[str, Any] | None) -> View:
+        base = self.base
+        if overrides and overrides is not base._overrides:
+            merged = {check_key(key): freeze(value) for key, value in overrides.items()}
+            merged.update(base._overrides)
+            return View._make(self, base._snapshot, layers, merged, {})
+        with self._lock:
+            base, layered = self.base, self._layered
+            view = layered.get(layers)
+            if view is None:
+                view = layered[layers] = View._make(self, base._snapshot, layers, base._overrides, {})
+                if len(layered) > _LAYERED_VIEWS:
+                    layered.popitem(last=False)
+            else:
+                layered.move_to_end(layers)
+            return view
+
+    def counting(self, view: View) -> CountingView:
+        """`view` as a request reads it whose span records."""
+        counting = view._as(LookupView if self.telemetry.level == "lookups" else CountingView)
+        counting._count = 0
+        counting._total_ns = 0
+        return counting
+
+
+def checked_layers(layers: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(layers, str):
+        raise InvalidKey(f"layers are a sequence of prefixes; write ({layers!r},)")
+    return tuple(check_prefix(layer) for layer in layers)

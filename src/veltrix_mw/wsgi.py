@@ -1,0 +1,201 @@
+"""WSGI middleware: pins a view to each request, to the last byte of its body.
+
+Owns the WSGI side of a request's view; knows no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.context import get_current
+
+from veltrix_mw.client import ConfigClient
+from veltrix_mw.current import _current, report
+from veltrix_mw.errors import InvalidKey, SettingsError
+from veltrix_mw.request_layers import BAD_LAYER, InvalidLayerPolicy, checked_policy, requested_view
+from veltrix_mw.view import View
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+__all__ = ["VIEW_KEY", "ConfigMiddleware"]
+
+Environ = dict[str, Any]
+StartResponse = Callable[..., Callable[[bytes], object]]
+App = Callable[[Environ, StartResponse], Iterable[bytes]]
+
+VIEW_KEY: Final = "veltrix.view"
+"""Where the environ carries the view."""
+
+
+class ConfigMiddleware:
+    """Gives every request of `app` a view pinned to one snapshot.
+
+    The view is `environ["veltrix.view"]` and `current_view()`, in the app and while its body is iterated and closed,
+    in whichever thread. The app and the server see nothing else changed. Never raises on its own.
+
+    Args:
+        app: the WSGI application.
+        client: the client; started by the first request at the latest.
+        layers: `layers(environ)` gives the prefixes laid over the base for this request.
+        revision_header: whether responses carry `X-Config-Revision`.
+        on_invalid_layer: `reject` answers 400 to a request whose layer is no prefix; `ignore` drops the layer.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        client: ConfigClient,
+        layers: Callable[[Environ], Sequence[str]] | None = None,
+        revision_header: bool = False,
+        on_invalid_layer: InvalidLayerPolicy = "reject",
+    ) -> None:
+        if not isinstance(client, ConfigClient):
+            raise SettingsError(f"client is a ConfigClient, not {type(client).__name__}")
+        self.app = app
+        self.client = client
+        self._layers = layers
+        self._revision_header = revision_header
+        self._on_invalid_layer: InvalidLayerPolicy = checked_policy(on_invalid_layer)
+        self._views = client._views
+        self._recording_span = client._telemetry.recording_span
+        self._plain = False  # whether the client is ready and requests ask for nothing more
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        outer = environ.get(VIEW_KEY)
+        if outer is None and self._plain:
+            # `client.view()`, written out: its calls would be a third of what attaching costs, and so would be to
+            # ask the kernel each time whether this still is the process that follows. Forks are told by a hook;
+            # only one made in C, past the hook, is noticed here, up to 15 requests late.
+            views = self._views
+            views.made = made = views.made + 1
+            if not made & 15:
+                views.ensure_running()
+            view = views.base
+        else:
+            if outer is not None and outer._views is self._views:
+                return self.app(environ, start_response)  # wrapped twice
+            if not self._plain:
+                self._start()
+            try:
+                view = requested_view(self.client, self._layers, environ, self._on_invalid_layer)
+            except InvalidKey:
+                return _refuse(environ, start_response)
+            if self._revision_header:
+                start_response = _with_header(start_response, view)
+        span = self._recording_span() if get_current() else None
+        if span is not None:
+            view = self._views.counting(view)
+        environ[VIEW_KEY] = view
+        end = None if span is None and outer is None else partial(_end, environ, view, span, outer)
+        token = _current.set(view)
+        try:
+            body = self.app(environ, start_response)
+        except BaseException:
+            if end is not None:
+                end()
+            raise
+        finally:
+            _current.reset(token)
+        if type(body) is list or _is_complete(body, environ):
+            if end is not None:
+                end()
+            return body
+        return (_SizedBody if hasattr(body, "__len__") else _Body)(body, view, end)
+
+    def _start(self) -> None:
+        client = self.client
+        if not client.ready:
+            client._ensure_running()
+            client.wait_start()
+        # A client that is ready stays so, also across a fork.
+        self._plain = client.ready and self._layers is None and not self._revision_header
+
+
+def _end(environ: Environ, view: View, span: Span | None, outer: View | None) -> None:
+    if span is not None:
+        report(span, view)
+    if outer is not None:
+        environ[VIEW_KEY] = outer  # another client's middleware further out: its request goes on with its own view
+
+
+def _is_complete(body: Iterable[bytes], environ: Environ) -> bool:
+    """Whether the body reads no config any more: a list, or a file, which servers send in their own way.
+
+    Servers recognize their file wrapper by its type (gunicorn) or its identity (uWSGI): it must go back untouched.
+    """
+    if type(body) in {list, tuple} or hasattr(body, "read"):
+        return True
+    wrapper = environ.get("wsgi.file_wrapper")
+    return isinstance(wrapper, type) and isinstance(body, wrapper)
+
+
+class _Body:
+    """A response body that is iterated and closed with the request's view as the current one.
+
+    The view is set around each step, not from first to last: a body may be iterated in one context, and closed in
+    another. What else the app's own object has is reached through it: a Django response stays one to its tests.
+    """
+
+    __slots__ = ("_body", "_end", "_iterator", "_view")
+
+    def __init__(self, body: Iterable[bytes], view: View, end: Callable[[], None] | None) -> None:
+        self._body = body
+        self._iterator: Iterator[bytes] | None = None
+        self._view = view
+        self._end = end
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        token = _current.set(self._view)
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._body)
+            return next(self._iterator)
+        finally:
+            _current.reset(token)
+
+    def close(self) -> None:
+        token = _current.set(self._view)
+        try:
+            close = getattr(self._body, "close", None)
+            if close is not None:
+                close()
+        finally:
+            _current.reset(token)
+            end, self._end = self._end, None
+            if end is not None:
+                end()
+
+    def __bytes__(self) -> bytes:
+        return bytes(self._body)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
+
+
+class _SizedBody(_Body):
+    """A body that knows its number of parts: servers derive Content-Length from a single one."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return len(self._body)  # type: ignore[arg-type]
+
+
+def _refuse(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+    headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(BAD_LAYER)))]
+    start_response("400 Bad Request", headers)
+    return [] if environ.get("REQUEST_METHOD") == "HEAD" else [BAD_LAYER]
+
+
+def _with_header(start_response: StartResponse, view: View) -> StartResponse:
+    def starting(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
+        return start_response(status, [*headers, ("X-Config-Revision", str(view.revision))], *exc_info)
+
+    return starting

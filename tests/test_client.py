@@ -1,0 +1,491 @@
+"""The client on its embedded store: lifecycle, readiness, read your writes, forks, last-known-good."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.waiting import wait_until
+from veltrix_mw import (
+    MISSING,
+    Change,
+    ConfigClient,
+    Conflict,
+    Delete,
+    Entry,
+    InvalidKey,
+    InvalidValue,
+    KeyMissing,
+    NotReady,
+    Put,
+    RevisionTimeout,
+    SettingsError,
+    Snapshot,
+    StoreUnavailable,
+    current_view,
+)
+from veltrix_mw.protocols import Confirmation, Position
+from veltrix_mw.stores.memory import MemoryStore
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/config.db"
+
+
+@pytest.fixture
+def writer(url: str) -> Iterator[ConfigClient]:
+    """A second client, as another process would have: it only writes."""
+    client = ConfigClient(url, telemetry="off")
+    client.put("first", 1)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def client(url: str, writer: ConfigClient) -> Iterator[ConfigClient]:
+    with ConfigClient(url, telemetry="off") as made:
+        made.wait_ready()
+        yield made
+
+
+def in_child(run: Any) -> Any:
+    """What `run()` returns in a forked child, by way of JSON."""
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of forks beside threads: that is the test
+        pid = os.fork()
+    if pid == 0:
+        answer: Any = "the child failed"
+        try:
+            answer = run()
+        except BaseException as exc:
+            answer = repr(exc)
+        os.write(writing, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = json.load(pipe)
+    os.waitpid(pid, 0)
+    return answer
+
+
+def test_a_change_made_elsewhere_is_served(client: ConfigClient, writer: ConfigClient) -> None:
+    revision = writer.write([Put("a", 1), Put("b/c", {"x": [1]})])
+    client.wait_for(revision)
+    view = client.view()
+    assert view["a"] == 1
+    assert view["b/c"] == {"x": (1,)}
+    assert view.revision == revision
+    assert view.origin == "sqlite"
+    assert view.age_s < 60
+    writer.delete("a")
+    wait_until(lambda: "a" not in client.view(), 10, reason="the deletion to be served")
+
+
+def test_constructing_and_importing_start_nothing(url: str, tmp_path: Path) -> None:
+    threads = threading.active_count()
+    client = ConfigClient(url, last_known_good=tmp_path / "lkg")
+    assert threading.active_count() == threads
+    assert not list(tmp_path.iterdir())
+    client.close()
+
+
+def test_reading_creates_no_file_and_the_error_shows_how_to_create_one(url: str, tmp_path: Path) -> None:
+    with ConfigClient(url, start_timeout_s=0.1) as client:
+        with pytest.raises(NotReady, match="put"):
+            client.wait_ready(0.3)
+        with pytest.raises(NotReady):
+            client.view()["a"]
+        with pytest.raises(StoreUnavailable):
+            client.read(["a"])
+        assert not list(tmp_path.iterdir())
+        client.put("a", 1)
+        client.wait_ready(10)
+        wait_until(lambda: client.view().get("a") == 1, 10, reason="the file to be followed once it is there")
+
+
+def test_the_first_view_starts_the_following(url: str, writer: ConfigClient) -> None:
+    client = ConfigClient(url)
+    try:
+        client.view()
+        client.wait_ready()
+        assert client.view()["first"] == 1
+        assert client.ready
+    finally:
+        client.close()
+
+
+def test_close_is_quick_idempotent_and_leaves_views_readable(client: ConfigClient, writer: ConfigClient) -> None:
+    view = client.view()
+    client.close()
+    client.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "veltrix-follower"]
+    assert view["first"] == 1
+    assert client.status().tiers[0].state == "stopped"
+
+
+def test_a_closed_client_starts_again_where_it_left_off(client: ConfigClient, writer: ConfigClient) -> None:
+    client.close()
+    revision = writer.put("first", 2)
+    client.start()
+    client.wait_for(revision)
+    assert client.view()["first"] == 2
+
+
+def test_holders_keep_the_client_running_and_the_last_one_closes_it(url: str, writer: ConfigClient) -> None:
+    client = ConfigClient(url)
+    one, two = client.hold(), client.hold()
+    client.wait_ready()
+    one()
+    one()
+    assert client.status().tiers[0].state != "stopped"
+    two()
+    assert client.status().tiers[0].state == "stopped"
+    client.start()
+    client.hold()()
+    assert client.status().tiers[0].state != "stopped"
+    client.close()
+
+
+def test_wait_for_gives_read_your_writes_and_times_out_with_a_reason(client: ConfigClient) -> None:
+    for number in range(20):
+        client.wait_for(client.put("n", number))
+        assert client.view()["n"] == number
+    with pytest.raises(RevisionTimeout, match=r"revision 9999 .* is at 21"):
+        client.wait_for(9999, timeout_s=0.05)
+
+
+def test_the_async_twins_do_the_same(client: ConfigClient) -> None:
+    async def run() -> None:
+        await client.await_ready()
+        revision = await client.aput("n", 1)
+        await client.await_for(revision)
+        assert client.view()["n"] == 1
+        assert await client.aread(["n"]) == {"n": Entry(1, revision)}
+        revision = await client.awrite([Put("m", 2), Delete("n")])
+        await client.await_for(revision)
+        assert await client.adelete("n", missing_ok=True) is None
+        with pytest.raises(KeyMissing):
+            await client.adelete("n")
+        with pytest.raises(RevisionTimeout):
+            await client.await_for(9999, timeout_s=0.05)
+
+    asyncio.run(run())
+
+
+def test_compare_and_set_tells_what_is_there(client: ConfigClient) -> None:
+    revision = client.put("n", 1, expected=0)
+    assert client.put("n", 2, expected=revision) > revision
+    with pytest.raises(Conflict) as raised:
+        client.put("n", 3, expected=revision)
+    assert raised.value.current.value == 2
+    with pytest.raises(Conflict) as raised:
+        client.delete("absent", expected=5)
+    assert raised.value.current == Entry(MISSING, 0)
+
+
+def test_history_and_rollback(client: ConfigClient) -> None:
+    first = client.put("n", 1, author="ann", reason="begin")
+    client.write([Put("n", 2), Put("extra", True)], author="bob")
+    client.delete("n")
+    versions = client.history("n")
+    assert [(item.value, item.author) for item in versions] == [(MISSING, ""), (2, "bob"), (1, "ann")]
+    assert versions[0].deleted
+    assert versions[2].reason == "begin"
+    revision = client.rollback(first)
+    client.wait_for(revision)
+    assert dict(client.view()) == {"first": 1, "n": 1}
+    assert client.history("n")[0].reason == f"rollback to revision {first}"
+    assert client.read(["n", "extra"], revision=first + 1).keys() == {"n", "extra"}
+
+
+@dataclass(frozen=True)
+class Payments:
+    limit: int
+
+
+def test_a_write_that_breaks_a_schema_is_refused_before_it_is_made(url: str, writer: ConfigClient) -> None:
+    client = ConfigClient(url, schemas={"pay/": Payments})
+    with pytest.raises(InvalidValue, match="pay/limit"):
+        client.put("pay/limit", "many")
+    client.put("pay/limit", 5)
+    assert client.read(["pay/limit"])["pay/limit"].value == 5
+    client.close()
+
+
+def test_a_rejected_change_is_reported_and_the_last_good_value_stays(url: str, writer: ConfigClient) -> None:
+    writer.put("pay/limit", 5)
+    with ConfigClient(url, schemas={"pay/": Payments}) as client:
+        client.wait_ready()
+        revision = writer.put("pay/limit", "many")
+        client.wait_for(revision)
+        assert client.view()["pay/limit"] == 5
+        assert client.view().bind(Payments, "pay/") == Payments(5)
+        assert client.status().rejected["pay/limit"].revision == revision
+        assert client.rejections == 1
+        client.wait_for(writer.put("other", 1))
+        assert client.view()["other"] == 1
+        client.wait_for(writer.put("pay/limit", 6))
+        assert not client.snapshot.rejected
+
+
+def test_a_fresh_worker_takes_the_last_good_value_from_history(url: str, writer: ConfigClient) -> None:
+    writer.put("pay/limit", 5)
+    writer.put("pay/limit", "many")
+    with ConfigClient(url, schemas={"pay/": Payments}) as client:
+        client.wait_ready()
+        assert client.view()["pay/limit"] == 5
+        assert set(client.snapshot.rejected) == {"pay/limit"}
+
+
+def test_subscribers_hear_of_changes_below_their_prefix(client: ConfigClient, writer: ConfigClient) -> None:
+    heard: list[tuple[tuple[Change, ...], Snapshot]] = []
+    arrived = threading.Event()
+
+    def note(changes: tuple[Change, ...], snapshot: Snapshot) -> None:
+        heard.append((changes, snapshot))
+        arrived.set()
+
+    end = client.subscribe("pay/", note)
+    writer.put("other", 1)
+    revision = writer.put("pay/limit", 5)
+    assert arrived.wait(10)
+    changes, snapshot = heard[0]
+    assert changes == (Change("pay/limit", MISSING, Entry(5, revision)),)
+    assert snapshot.revision == revision
+    end()
+    client.wait_for(writer.put("pay/limit", 6))
+    assert len(heard) == 1
+    with pytest.raises(InvalidKey):
+        client.subscribe("pay", note)
+
+
+def test_pinned_makes_a_view_current_for_a_script(client: ConfigClient) -> None:
+    with client.pinned(overrides={"k": 3}) as view:
+        assert current_view() is view
+        assert current_view()["k"] == 3
+
+
+def test_a_forked_child_follows_by_itself_and_shares_no_connection(client: ConfigClient, writer: ConfigClient) -> None:
+    def in_the_child() -> list[Any]:
+        before = client.view()["first"]
+        revision = writer.put("first", 2)
+        client.wait_for(revision, timeout_s=10)
+        after = client.view()["first"]
+        client.close()
+        return [before, after, client.ready]
+
+    for _ in range(3):
+        writer.put("first", 1)
+        client.wait_for(writer.put("first", 1))
+        assert in_child(in_the_child) == [1, 2, True]
+        wait_until(lambda: client.view()["first"] == 2, 10, reason="the parent to follow on")
+
+
+def test_a_child_forked_before_the_start_starts_by_itself(url: str, writer: ConfigClient) -> None:
+    client = ConfigClient(url)
+
+    def in_the_child() -> Any:
+        with client.pinned() as view:
+            return view["first"]
+
+    assert in_child(in_the_child) == 1
+    client.close()
+
+
+def test_a_fork_while_locks_are_held_does_not_stop_the_child(client: ConfigClient, writer: ConfigClient) -> None:
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            client.view(layers=("t/",))
+            client.subscribe("", lambda changes, snapshot: None)()
+
+    threads = [threading.Thread(target=churn) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            revision = writer.put("first", 1)
+
+            def in_the_child(revision: int = revision) -> Any:
+                client.wait_for(revision, timeout_s=10)
+                return client.view(layers=("t/",))["first"]
+
+            assert in_child(in_the_child) == 1
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+
+
+def test_a_cold_start_without_the_store_serves_the_last_known_good(
+    tmp_path: Path, writer: ConfigClient, url: str
+) -> None:
+    folder = tmp_path / "lkg"
+    with ConfigClient(url, last_known_good=folder) as client:
+        client.wait_ready()
+        client.wait_for(writer.put("pay/limit", 5))
+    with ConfigClient("sqlite:////nowhere/at/all.db", last_known_good=folder) as cold:
+        cold.wait_ready()
+        view = cold.view()
+        assert view["pay/limit"] == 5
+        assert view.origin == "disk"
+        assert view.stale
+        assert view.age_s == float("inf")
+        wait_until(lambda: "/nowhere" in cold.status().tiers[0].error, 10, reason="the failure to be told")
+        with pytest.raises(RevisionTimeout):
+            cold.wait_for(1, timeout_s=0.05)
+
+
+def test_a_database_put_back_from_a_backup_is_taken_whole_under_a_new_incarnation(
+    tmp_path: Path, url: str, client: ConfigClient, writer: ConfigClient
+) -> None:
+    client.wait_for(writer.put("old", 1))
+    writer.close()
+    import sqlite3
+
+    backup = tmp_path / "backup.db"
+    with sqlite3.connect(tmp_path / "config.db") as source, sqlite3.connect(backup) as target:
+        source.backup(target)
+    target.close()
+    source.close()
+    client.wait_for(writer.put("new", 2))
+    before = client.view()
+    writer.close()
+    with sqlite3.connect(backup) as source, sqlite3.connect(tmp_path / "config.db") as target:
+        source.backup(target)
+    target.close()
+    source.close()
+    wait_until(lambda: client.view().incarnation != before.incarnation, 20, reason="the restore to be noticed")
+    view = client.view()
+    assert dict(view) == {"first": 1, "old": 1}
+    assert view.revision < before.revision
+    client.wait_for(writer.put("after", 3))
+    assert client.view()["after"] == 3
+    assert client.view().incarnation == view.incarnation
+
+
+def test_concurrent_writers_and_readers_see_whole_revisions_in_order(client: ConfigClient, url: str) -> None:
+    """Two keys that are always written together are always read equal, and revisions only grow."""
+    stop, wrong = threading.Event(), []
+    client.wait_for(client.write([Put("a", 0), Put("b", 0)]))
+
+    def read() -> None:
+        last = 0
+        while not stop.is_set():
+            view = client.view()
+            if view["a"] != view["b"] or view.revision < last:
+                wrong.append((view["a"], view["b"], view.revision, last))
+            last = view.revision
+
+    def write(number: int) -> None:
+        other = ConfigClient(url, telemetry="off")
+        for turn in range(20):
+            other.write([Put("a", [number, turn]), Put("b", [number, turn])])
+        other.close()
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for thread in [*readers, *writers]:
+        thread.start()
+    for thread in writers:
+        thread.join(60)
+    stop.set()
+    for thread in readers:
+        thread.join(10)
+    assert not wrong
+    client.wait_for(client.put("end", 1))
+    fresh = client.read(["a", "b"])
+    assert client.view()["a"] == fresh["a"].value == fresh["b"].value
+
+
+class BrittleStore(MemoryStore):
+    """A store whose list raises what no store should."""
+
+    calls = 0
+
+    def list(self, *, timeout_s: float) -> Any:
+        self.calls += 1
+        if self.calls < 3:
+            raise RuntimeError("a defect")
+        return super().list(timeout_s=timeout_s)
+
+
+def test_the_follower_survives_a_defect_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    store = BrittleStore()
+    with ConfigClient(store, telemetry="off") as client:
+        client.wait_ready(10)
+        assert store.calls >= 3
+        assert "follower_crashed" in caplog.text
+
+
+class LyingStore(MemoryStore):
+    """A store whose watch brings nothing while its confirmation knows better."""
+
+    def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
+        found = super().confirm(position, timeout_s=timeout_s)
+        return Confirmation(found.incarnation, found.revision + 1, found.count)
+
+
+def test_status_tells_each_tier_and_how_far_behind_it_is() -> None:
+    with ConfigClient(LyingStore(name="", namespace="shop"), telemetry="off") as client:
+        client.wait_ready()
+        status = client.status()
+        assert status.ready
+        assert status.relay is None
+        (tier,) = status.tiers
+        assert (tier.name, tier.role, tier.error) == ("memory", "authority", "")
+        assert "memory://" in tier.url
+        wait_until(lambda: client.status().tiers[0].lag == 1, 20, reason="the confirmation to find it behind")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"url": None}, "sqlite:///config.db"),
+        ({"url": "sqlite://x.db"}, "three slashes"),
+        ({"url": "sqlit:///x.db"}, "did you mean sqlite"),
+        ({"url": "sqlite:///x.db?timout_s=1"}, "did you mean timeout_s"),
+        ({"url": 5}, "is a str"),
+        ({"namespace": "a b"}, "namespace"),
+        ({"layers": "env/"}, "sequence of prefixes"),
+        ({"layers": ("env",)}, "must end with '/'"),
+        ({"defaults": {"/x": 1}}, "not a key"),
+        ({"defaults": {"x": float("nan")}}, "NaN"),
+        ({"schemas": {"x y": int}}, "x y"),
+        ({"schemas": {"x": object()}}, "model"),
+        ({"telemetry": "loud"}, "requests"),
+        ({"max_age_s": 0}, "max_age_s"),
+        ({"max_age_s": "5"}, "max_age_s"),
+        ({"start_timeout_s": -1}, "start_timeout_s"),
+    ],
+)
+def test_a_wrong_setting_says_what_to_do(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        ConfigClient(**{"url": "memory://", **options})
+
+
+def test_the_url_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, url: str, writer: ConfigClient) -> None:
+    monkeypatch.setenv("VELTRIX_URL", url)
+    with ConfigClient() as client:
+        client.wait_ready()
+        assert client.view()["first"] == 1
+
+
+def test_namespaces_of_one_database_do_not_mix(url: str, writer: ConfigClient) -> None:
+    with ConfigClient(url, namespace="other") as other:
+        other.put("first", 9)
+        other.wait_ready(10)
+        wait_until(lambda: other.view().get("first") == 9, 10, reason="the namespace's own value")
+        assert writer.read(["first"])["first"].value == 1
