@@ -1,0 +1,71 @@
+"""The middleware for `app.add_middleware`: the core's, which can make a client of its own.
+
+Owns where the client comes from; all that happens to a request is `veltrix_mw.asgi`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from starlette.types import ASGIApp, Scope
+
+from veltrix_mw import ConfigClient, SettingsError, asgi
+
+__all__ = ["ConfigMiddleware"]
+
+
+class ConfigMiddleware(asgi.ConfigMiddleware):
+    """Gives every HTTP request and websocket of the app a view pinned to one snapshot: `request.state.config`.
+
+    The app and the server see nothing else changed. Never raises on its own, and never blocks the event loop.
+
+    Args:
+        app: given by Starlette.
+        client: the client; what the app reads and writes with outside of requests too.
+        url: instead of a client, its URL: `sqlite:///config.db`; without both, `$VELTRIX_URL`. The client that is
+            made so is started by the lifespan or by the first request, and closed by the lifespan.
+        layers: `layers(scope)` gives the prefixes laid over the base for this request.
+        attribute: the name in `request.state`.
+        revision_header: whether responses carry `X-Config-Revision`.
+        on_invalid_layer: `reject` answers 400 (a websocket is closed with 1008) to a request whose layer is no
+            prefix; `ignore` drops the layer.
+        settings: with `url`, what `ConfigClient` takes: `schemas=`, `defaults=`, `last_known_good=`, ...
+
+    Raises:
+        SettingsError: a setting is missing or wrong. Starlette makes its middleware when the app starts, so that is
+            where it shows.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        client: ConfigClient | None = None,
+        url: str | None = None,
+        layers: Callable[[Scope], Sequence[str]] | None = None,
+        attribute: str = "config",
+        revision_header: bool = False,
+        on_invalid_layer: Literal["reject", "ignore"] = "reject",
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            app,
+            client=_client(client, url, settings),
+            layers=layers,
+            attribute=attribute,
+            revision_header=revision_header,
+            on_invalid_layer=on_invalid_layer,
+        )
+
+
+def _client(client: ConfigClient | None, url: str | None, settings: dict[str, Any]) -> ConfigClient:
+    if client is None:
+        try:
+            return ConfigClient(url, **settings)
+        except TypeError as exc:
+            raise SettingsError(f"ConfigMiddleware: {exc}") from exc
+    if url is not None or settings:
+        extra = ", ".join([*(["url"] if url is not None else []), *settings])
+        raise SettingsError(f"client= is a client that is made already; give it these settings there: {extra}")
+    return client

@@ -1,0 +1,1 @@
+"""Starlette and FastAPI, in this process and under real servers."""
