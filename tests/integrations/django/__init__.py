@@ -1,0 +1,1 @@
+"""Django: request.config under WSGI and ASGI."""
