@@ -1,0 +1,148 @@
+"""P2: attaching a view to a request, in units of the bare floor: a name in scope or environ, plus a ContextVar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any
+
+from benchmarks.harness import Figure, in_turn, ratios
+from veltrix_mw import ConfigClient, asgi, wsgi
+
+ATTRIBUTES = {
+    "veltrix.revision": 1,
+    "veltrix.origin": "memory",
+    "veltrix.stale": False,
+    "veltrix.lookup.count": 0,
+    "veltrix.lookup.total": 0.0,
+}
+_floor: ContextVar[Any] = ContextVar("floor")
+
+
+class AsgiFloor:
+    """The least that any middleware does that puts something into the request's context."""
+
+    def __init__(self, app: Any, value: Any) -> None:
+        self.app = app
+        self.value = value
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope.setdefault("state", {})["config"] = self.value
+        token = _floor.set(self.value)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            _floor.reset(token)
+
+
+class WsgiFloor:
+    """The same for WSGI."""
+
+    def __init__(self, app: Any, value: Any) -> None:
+        self.app = app
+        self.value = value
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        environ["config"] = self.value
+        token = _floor.set(self.value)
+        try:
+            return self.app(environ, start_response)
+        finally:
+            _floor.reset(token)
+
+
+async def asgi_app(scope: Any, receive: Any, send: Any) -> None:
+    pass
+
+
+def wsgi_app(_environ: Any, _start_response: Any) -> Any:
+    return []
+
+
+def _asgi(app: Any) -> Callable[[int], None]:
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            coroutine = app({"type": "http"}, None, None)
+            with suppress(StopIteration):
+                coroutine.send(None)
+
+    return run
+
+
+def _wsgi(app: Any) -> Callable[[int], None]:
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            app({}, None)
+
+    return run
+
+
+def _recorded(run: Callable[[int], None]) -> Callable[[int], None]:
+    """The same requests, each in a server span that records."""
+    from opentelemetry.sdk.trace import TracerProvider
+
+    tracer = TracerProvider().get_tracer("bench")
+
+    def recorded(calls: int) -> None:
+        for _ in range(calls):
+            with tracer.start_as_current_span("request"):
+                run(1)
+
+    return recorded
+
+
+def measure() -> list[Figure]:
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+    from opentelemetry.trace import get_current_span
+
+    figures = []
+    provider = MeterProvider([InMemoryMetricReader()])
+    with ConfigClient("memory://", meter_provider=provider) as client:
+        client.put("k", 1)
+        client.wait_ready()
+        pairs = {
+            "ASGI": (
+                _asgi(asgi_app),
+                _asgi(AsgiFloor(asgi_app, 1)),
+                _asgi(asgi.ConfigMiddleware(asgi_app, client=client)),
+            ),
+            "WSGI": (
+                _wsgi(wsgi_app),
+                _wsgi(WsgiFloor(wsgi_app, 1)),
+                _wsgi(wsgi.ConfigMiddleware(wsgi_app, client=client)),
+            ),
+        }
+        histogram = provider.get_meter("bench").create_histogram("bench")
+        for name, (bare, floor, ours) in pairs.items():
+            samples = in_turn({"bare": bare, "floor": floor, "control": floor, "ours": ours})
+            for other in ("floor", "control", "ours"):  # what the middleware adds to the bare app
+                samples[other] = [
+                    max(with_it - without, 1e-9)
+                    for with_it, without in zip(samples[other], samples["bare"], strict=True)
+                ]
+            found = ratios({key: samples[key] for key in ("floor", "control", "ours")}, "floor")
+            for other, bar in (("control", None), ("ours", 2.0)):
+                label = f"{name}, {'a view' if other == 'ours' else 'A/A control'}"
+                figures.append(Figure("P2 attach", label, *found[other], bar=bar, note="in bare floors"))
+
+            def told(floor: Callable[[int], None] = floor) -> Callable[[int], None]:
+                """The floor, and by hand what the default level tells: five attributes and one histogram record."""
+
+                def run(calls: int) -> None:
+                    floor(calls)
+                    span = get_current_span()
+                    for key, value in ATTRIBUTES.items():
+                        span.set_attribute(key, value)
+                    histogram.record(1e-6, {"veltrix.origin": "memory"})
+
+                return run
+
+            samples = in_turn({"floor": _recorded(floor), "told": _recorded(told()), "ours": _recorded(ours)})
+            for other in ("told", "ours"):
+                samples[other] = [max(b - a, 1e-9) for a, b in zip(samples["floor"], samples[other], strict=True)]
+            found = ratios({"told": samples["told"], "ours": samples["ours"]}, "told")
+            note = "beyond the floor, against five attributes and a histogram record by hand"
+            figures.append(Figure("P2 attach", f"{name}, in a span that records", *found["ours"], note=note))
+    return figures
