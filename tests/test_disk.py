@@ -627,6 +627,30 @@ def test_who_finds_the_lock_taken_tries_again_later(tmp_path: Path) -> None:
     until(lambda: file.load() == saved(2))
 
 
+def test_a_flush_that_comes_during_a_save_does_not_wait_for_the_interval(tmp_path: Path) -> None:
+    file = made(tmp_path / "lkg", min_interval_s=1000.0)
+    saving, go_on = threading.Event(), threading.Event()
+
+    def first() -> Saved:
+        saving.set()
+        assert go_on.wait(10)
+        return saved(1)
+
+    file.offer(first)
+    assert saving.wait(10)
+    file.offer(lambda: saved(2))
+    flushed: list[bool] = []
+    flushing = threading.Thread(target=lambda: flushed.append(file.flush(10)))
+    flushing.start()
+    until(lambda: file._urgent)
+    go_on.set()
+    flushing.join(20)
+    assert flushed == [True]
+    found = made(tmp_path / "lkg").load()
+    assert found is not None
+    assert found.position.revision == 2
+
+
 def test_what_is_offered_during_a_save_is_saved_after_it(file: LastKnownGood, monkeypatch: pytest.MonkeyPatch) -> None:
     actual = os.rename
 
