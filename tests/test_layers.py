@@ -37,6 +37,8 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "view",
             "views",
             "current",
+            "status",
+            "awaiting",
             "client",
             "request_layers",
             "wsgi",

@@ -4,7 +4,7 @@
 `flask_veltrix`, `django_veltrix` and `starlette_veltrix` the adapters; `veltrix_mw.testing` helps tests.
 """
 
-from veltrix_mw.client import ConfigClient, Status, TierStatus
+from veltrix_mw.client import ConfigClient
 from veltrix_mw.current import Pinned, carry_view, current_view
 from veltrix_mw.errors import (
     AuthFailed,
@@ -29,6 +29,7 @@ from veltrix_mw.errors import (
 from veltrix_mw.operations import Delete, Put
 from veltrix_mw.section import Section
 from veltrix_mw.snapshot import Change, Entry, Rejection, Snapshot, Version
+from veltrix_mw.status import Status, TierStatus
 from veltrix_mw.testing import override_config
 from veltrix_mw.values import MISSING
 from veltrix_mw.view import View

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.context import get_current
 
-from veltrix_mw.client import ConfigClient, _in_thread
+from veltrix_mw.awaiting import in_thread
+from veltrix_mw.client import ConfigClient
 from veltrix_mw.current import _current, report
 from veltrix_mw.errors import InvalidKey, SettingsError
 from veltrix_mw.request_layers import BAD_LAYER, InvalidLayerPolicy, checked_policy, requested_view
@@ -234,7 +235,7 @@ class _Lifespan:
     async def _let_go(self) -> None:
         """Release the client, without blocking the loop: closing waits for threads."""
         if self._release is not None:
-            await _in_thread(self._released)
+            await in_thread(self._released)
 
     def _released(self) -> None:
         release, self._release = self._release, None

@@ -6,25 +6,24 @@ Owns the lifecycle (start, fork, close) and puts the parts together; each part k
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 from weakref import WeakSet
 
+from veltrix_mw.awaiting import awaited, in_thread
 from veltrix_mw.current import Pinned
 from veltrix_mw.errors import AuthFailed, KeyMissing, NotReady, RevisionTimeout, SettingsError
 from veltrix_mw.keys import check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
-from veltrix_mw.snapshot import Entry, Rejection, Snapshot, Version
+from veltrix_mw.snapshot import Entry, Snapshot, Version
+from veltrix_mw.status import Status, TierStatus
 from veltrix_mw.telemetry import Observed, Telemetry
 from veltrix_mw.view import View
 from veltrix_mw.views import Views
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from veltrix_mw.replica import Publication
     from veltrix_mw.subscriptions import Callback
 
-__all__ = ["ConfigClient", "Status", "TierStatus"]
+__all__ = ["ConfigClient"]
 
 _log = logging.getLogger("veltrix_mw")
 T = TypeVar("T")
@@ -48,38 +47,6 @@ CLOSE_S: Final = 2.0
 
 MAX_AGE_S: Final = 15.0
 """Three confirmation intervals: one may be late, one lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class TierStatus:
-    """One store as this process sees it.
-
-    `role` is `authority`; `state` `following`, `listing`, `waiting` (after a failure), `stopped`; `lag` the
-    revisions it is known to be behind; `error` the last failure, empty if none; `url` holds no secret.
-    """
-
-    name: str
-    role: str
-    url: str
-    state: str
-    revision: int
-    lag: int
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """How this process's configuration is: what it serves, how old that is, and how each tier does."""
-
-    ready: bool
-    revision: int
-    incarnation: str
-    origin: str
-    age_s: float
-    stale: bool
-    rejected: Mapping[str, Rejection]
-    relay: str | None
-    tiers: tuple[TierStatus, ...]
 
 
 class ConfigClient:
@@ -284,7 +251,7 @@ class ConfigClient:
     async def await_ready(self, timeout_s: float = 5.0) -> None:
         """`wait_ready` without blocking the event loop."""
         self._ensure_running()
-        if not await _awaited(self._ready, timeout_s):
+        if not await awaited(self._ready, timeout_s):
             raise self._not_ready(timeout_s)
 
     def _not_ready(self, timeout_s: float) -> NotReady:
@@ -318,7 +285,7 @@ class ConfigClient:
     async def await_start(self) -> None:
         """`wait_start` without blocking the event loop."""
         patience_s = self._patience_s()
-        if patience_s > 0 and not await _awaited(self._ready, patience_s):
+        if patience_s > 0 and not await awaited(self._ready, patience_s):
             _log.warning("veltrix.not_ready timeout_s=%g reason=%s", self.start_timeout_s, self._trouble())
 
     # Reading
@@ -370,7 +337,7 @@ class ConfigClient:
         """`wait_for` without blocking the event loop."""
         self._ensure_running()
         waiting = self._wait_at(revision)
-        if not await _awaited(waiting, timeout_s):
+        if not await awaited(waiting, timeout_s):
             raise self._revision_timeout(revision, timeout_s)
 
     def _wait_at(self, revision: int) -> Future[None]:
@@ -498,7 +465,7 @@ class ConfigClient:
         self, key: str, value: Any, *, expected: int | None = None, author: str = "", reason: str = ""
     ) -> int:
         """`put` without blocking the event loop."""
-        return await _in_thread(lambda: self.put(key, value, expected=expected, author=author, reason=reason))
+        return await in_thread(lambda: self.put(key, value, expected=expected, author=author, reason=reason))
 
     async def adelete(
         self,
@@ -510,17 +477,17 @@ class ConfigClient:
         reason: str = "",
     ) -> int | None:
         """`delete` without blocking the event loop."""
-        return await _in_thread(
+        return await in_thread(
             lambda: self.delete(key, expected=expected, missing_ok=missing_ok, author=author, reason=reason)
         )
 
     async def awrite(self, operations: Iterable[Operation], *, author: str = "", reason: str = "") -> int:
         """`write` without blocking the event loop."""
-        return await _in_thread(lambda: self.write(operations, author=author, reason=reason))
+        return await in_thread(lambda: self.write(operations, author=author, reason=reason))
 
     async def aread(self, keys: Sequence[str], revision: int | None = None) -> dict[str, Entry]:
         """`read` without blocking the event loop."""
-        return await _in_thread(lambda: self.read(keys, revision))
+        return await in_thread(lambda: self.read(keys, revision))
 
     def _current_entries(self) -> Any:
         """What the authority has now, as far as the writer's schema check needs it."""
@@ -612,65 +579,6 @@ def _positive(name: str, value: float) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise SettingsError(f"{name} is a positive number of seconds, not {value!r}")
     return float(value)
-
-
-async def _awaited(future: Future[None], timeout_s: float) -> bool:
-    """Whether `future` was done in time. On a loop that is neither asyncio's nor trio's it does not wait."""
-    if future.done():
-        return True
-    trio = _trio()
-    if trio is not None:
-        # The thread ends by itself, so a cancelled request may leave it behind.
-        await trio.to_thread.run_sync(_waited, future, timeout_s, abandon_on_cancel=True)
-        return future.done()
-    import asyncio
-
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    woken = loop.create_future()
-
-    def wake() -> None:
-        if not woken.done():
-            woken.set_result(None)
-
-    def done(_: Future[None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody is left to wake
-            loop.call_soon_threadsafe(wake)
-
-    future.add_done_callback(done)
-    try:
-        await asyncio.wait_for(woken, timeout_s)
-    except TimeoutError:
-        return future.done()
-    return True
-
-
-def _waited(future: Future[None], timeout_s: float) -> None:
-    with contextlib.suppress(FutureTimeout):
-        future.result(timeout_s)
-
-
-async def _in_thread(call: Callable[[], T]) -> T:
-    """`call()`, off the event loop: asyncio's or trio's. On any other loop there is no thread to go to."""
-    trio = _trio()
-    if trio is not None:
-        result: T = await trio.to_thread.run_sync(call)
-        return result
-    import asyncio
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return call()
-    return await asyncio.to_thread(call)
-
-
-def _trio() -> Any:
-    """The trio package, if it runs the calling task; it is never imported here."""
-    trio = sys.modules.get("trio")
-    return trio if trio is not None and trio.lowlevel.in_trio_run() else None
 
 
 # The process: forks and exits

@@ -50,37 +50,12 @@ class override_config:
 
     def __call__(self, target: F) -> F:
         if inspect.isclass(target):
-            return self._on_class(target)
-        run: Callable[..., Any]
-        if inspect.iscoroutinefunction(target):
-
-            async def run(*args: Any, **kwargs: Any) -> Any:
-                with override_config(self._values):
-                    return await target(*args, **kwargs)
-
-        elif inspect.isasyncgenfunction(target):
-
-            async def run(*args: Any, **kwargs: Any) -> Any:
-                with override_config(self._values):
-                    async with aclosing(target(*args, **kwargs)) as items:
-                        async for item in items:
-                            yield item
-
-        elif inspect.isgeneratorfunction(target):
-
-            def run(*args: Any, **kwargs: Any) -> Any:
-                with override_config(self._values):
-                    return (yield from target(*args, **kwargs))
-
-        else:
-
-            def run(*args: Any, **kwargs: Any) -> Any:
-                with override_config(self._values):
-                    return target(*args, **kwargs)
-
+            self._on_class(target)
+            return target
+        run = _wrapper(target)(self._values, target)
         return functools.wraps(target)(run)  # type: ignore[return-value]
 
-    def _on_class(self, target: F) -> F:
+    def _on_class(self, target: type[Any]) -> None:
         """Decorate what a test runner calls: methods named `test*`, also inherited ones."""
         for name in dir(target):
             if not name.startswith("test"):
@@ -98,4 +73,46 @@ class override_config:
                 run = override_config(values)(plain)
                 _on_classes[run] = (values, plain)
                 setattr(target, name, run if kind is None else kind(run))
-        return target
+
+
+def _wrapper(target: Callable[..., Any]) -> Callable[[Mapping[str, Any], Callable[..., Any]], Callable[..., Any]]:
+    """The way of wrapping that suits what kind of function `target` is."""
+    if inspect.iscoroutinefunction(target):
+        return _coroutine
+    if inspect.isasyncgenfunction(target):
+        return _async_generator
+    return _generator if inspect.isgeneratorfunction(target) else _function
+
+
+def _function(values: Mapping[str, Any], target: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with override_config(values):
+            return target(*args, **kwargs)
+
+    return run
+
+
+def _generator(values: Mapping[str, Any], target: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with override_config(values):
+            return (yield from target(*args, **kwargs))
+
+    return run
+
+
+def _coroutine(values: Mapping[str, Any], target: Callable[..., Any]) -> Callable[..., Any]:
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        with override_config(values):
+            return await target(*args, **kwargs)
+
+    return run
+
+
+def _async_generator(values: Mapping[str, Any], target: Callable[..., Any]) -> Callable[..., Any]:
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        with override_config(values):
+            async with aclosing(target(*args, **kwargs)) as items:
+                async for item in items:
+                    yield item
+
+    return run

@@ -50,9 +50,9 @@ class FrozenDict(dict[str, Any]):
     __setitem__ = _refuse
     __delitem__ = _refuse
     __ior__ = _refuse
-    clear = _refuse
+    clear = _refuse  # pyright: ignore[reportAssignmentType]
     pop = _refuse
-    popitem = _refuse
+    popitem = _refuse  # pyright: ignore[reportAssignmentType]
     setdefault = _refuse
     update = _refuse
 
@@ -142,6 +142,7 @@ def decode(raw: bytes, *, max_bytes: int = MAX_VALUE_BYTES) -> Any:
 
 def _parsed(raw: bytes) -> tuple[Any, str]:
     """The value of a JSON text, or what is wrong with it."""
+    text = ""
     try:
         text = raw.decode()
         value = _decode_text(text)
