@@ -114,6 +114,27 @@ def test_reading_creates_no_file_and_the_error_shows_how_to_create_one(url: str,
         wait_until(lambda: client.view().get("a") == 1, 10, reason="the file to be followed once it is there")
 
 
+def test_requests_do_not_wait_for_what_waiting_does_not_mend(url: str, tmp_path: Path) -> None:
+    """A database that nobody has written yet, and a file that is none: both would wait for an hour."""
+    (tmp_path / "text.db").write_text("this is no database, and long enough to be read as one" * 20)
+    for wrong in (url, f"sqlite:///{tmp_path}/text.db"):
+        client = ConfigClient(wrong, start_timeout_s=3600, defaults={"limit": 5})
+        with client.pinned() as view:
+            assert view["limit"] == 5
+            with pytest.raises(NotReady):
+                view["other"]
+        client.close()
+
+
+def test_views_are_equal_if_they_are_pinned_alike(client: ConfigClient, writer: ConfigClient) -> None:
+    view = client.view(layers=("t/",))
+    assert view == client.view(layers=("t/",))
+    assert view != client.view()
+    assert client.view() == {"first": 1}
+    client.wait_for(writer.put("unrelated", 1))
+    assert view != client.view(layers=("t/",))
+
+
 def test_the_first_view_starts_the_following(url: str, writer: ConfigClient) -> None:
     client = ConfigClient(url)
     try:

@@ -22,7 +22,7 @@ CORE: Final = "veltrix_mw"
 # Lowest first. A module imports from its own rank (without a cycle) and from those before it. A name stands for
 # the module and all below it.
 RANKS: Final[tuple[frozenset[str], ...]] = (
-    frozenset({"errors", "keys", "values", "telemetry"}),
+    frozenset({"errors", "version", "forking", "keys", "values", "telemetry"}),
     frozenset({"sorted_map", "snapshot"}),
     frozenset({"operations", "protocols", "settings"}),
     frozenset({"coalesce"}),

@@ -111,8 +111,7 @@ class ConfigMiddleware:
                 send = _annotating(send, span, counting)
         # In place: a copied scope would hide what inner parts add to it (`route`) from outer middleware.
         state = scope.setdefault("state", {})
-        if outer is not None:
-            shadowed = state.get(self._attribute, MISSING)
+        shadowed = MISSING if outer is None else state.get(self._attribute, MISSING)
         state[self._attribute] = scope[VIEW_KEY] = view
         token = _current.set(view)
         try:

@@ -6,8 +6,10 @@ Owns the lifecycle (start, fork, close) and puts the parts together; each part k
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +21,15 @@ from weakref import WeakSet
 
 from veltrix_mw.awaiting import awaited, in_thread
 from veltrix_mw.current import Pinned
-from veltrix_mw.errors import AuthFailed, KeyMissing, NotReady, RevisionTimeout, SettingsError
+from veltrix_mw.errors import (
+    Compacted,
+    KeyMissing,
+    NotReady,
+    RevisionTimeout,
+    SettingsError,
+    StoreError,
+    StoreUnavailable,
+)
 from veltrix_mw.keys import check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
 from veltrix_mw.snapshot import Entry, Snapshot, Version
@@ -98,6 +108,7 @@ class ConfigClient:
         info = self._store.info
         self.namespace: str = info.namespace
         self._telemetry = Telemetry(telemetry, tracer_provider=tracer_provider, meter_provider=meter_provider)
+        self._telemetry.load()
         self.start_timeout_s: float = _positive("start_timeout_s", start_timeout_s)
         try:
             self._views = Views(
@@ -127,10 +138,13 @@ class ConfigClient:
         self._follower: Follower | None = None
         self._published: Publication | None = None
         self._ready: Future[None] = Future()
+        self._begun: Future[None] = Future()  # done when requests need not wait: ready, or waiting would not help
         self._give_up_at_s: float | None = None  # when requests stop waiting for the first list
         self._waiting: list[tuple[int, Future[None]]] = []
         self._holders = 0
         self._started_by_caller = False
+        self._told_not_ready = False
+        self._caught_up = False  # in uWSGI's master: it lists once and does not follow
         self.rejections: int = 0
         self._reconnects_before = 0  # those of followers that are gone
         _clients.add(self)
@@ -201,32 +215,48 @@ class ConfigClient:
                 return
             if self._pid != 0:
                 self._after_fork_in_child()  # a server whose forks run no hooks, as uWSGI's by default
-            self._start_follower(pid)
+            if _in_uwsgi_master():
+                self._catch_up()
+            else:
+                self._start_follower(pid)
+
+    def _catch_up(self) -> None:
+        """List once, in this thread, and keep nothing open: uWSGI forks without any hook, thread or lock or not."""
+        if self._caught_up:
+            return
+        self._caught_up = True
+        self._new_follower().catch_up()
+        self._store.close()
 
     def _start_follower(self, pid: int) -> None:
+        self._follower = self._new_follower()
+        self._pid = pid
+        self._follower.start()
+
+    def _new_follower(self) -> Follower:
         from veltrix_mw.follower import Follower
         from veltrix_mw.keyspace import Keyspace
         from veltrix_mw.replica import Replica
 
-        self._follower = Follower(
+        return Follower(
             self._store,
             replica=Replica(Keyspace(self._schemas), origin=self._store.info.origin),
             publish=self._publish,
+            failed=self._failed,
             telemetry=self._telemetry,
             prepare=lambda: self._telemetry.observe(self),
             disk=self._disk,
             resumed=self._published,
         )
-        self._pid = pid
-        self._follower.start()
 
     def _after_fork_in_child(self) -> None:
         """The follower's thread stayed in the parent, and so did whoever held a lock."""
         self._lock = threading.Lock()
         self._waiting = []
-        self._ready = Future()
+        self._ready, self._begun = Future(), Future()
         if self._published is not None:
             self._ready.set_result(None)
+            self._begun.set_result(None)
         self._views.after_fork()
         if self._follower is not None:
             self._reconnects_before += self._follower.replica.reconnects
@@ -263,30 +293,45 @@ class ConfigClient:
         error = None if follower is None else follower.replica.error
         return "" if error is None else str(error)
 
+    def _failed(self, error: StoreError) -> None:
+        """Called by the follower's thread alone."""
+        from veltrix_mw.protocols import NeverWritten
+
+        # What is to be fixed, or made by a first write, is not mended by letting requests wait.
+        passing = isinstance(error, (StoreUnavailable, Compacted)) and not isinstance(error, NeverWritten)
+        if not passing and not self._begun.done():
+            self._begun.set_result(None)
+
     def _patience_s(self) -> float:
         """How long a request may still wait for the first list: `start_timeout_s` once, for all of them together."""
+        self._ensure_running()
         now_s = time.monotonic()
         if self._give_up_at_s is None:
             self._give_up_at_s = now_s + self.start_timeout_s
-        follower = self._follower
-        if follower is not None and isinstance(follower.replica.error, AuthFailed):
-            return 0.0  # waiting mends no permissions
         return max(0.0, self._give_up_at_s - now_s)
 
     def wait_start(self) -> None:
-        """What a request does before its view: wait for the first list, once, and then go on in any case."""
+        """What a request does before its view: start, wait for the first list, once, and then go on in any case.
+
+        Waits no longer than `start_timeout_s`, and not for what waiting does not mend, such as a missing permission.
+        """
         patience_s = self._patience_s()
         if patience_s > 0:
-            try:
-                self._ready.result(patience_s)
-            except FutureTimeout:
-                _log.warning("veltrix.not_ready timeout_s=%g reason=%s", self.start_timeout_s, self._trouble())
+            with contextlib.suppress(FutureTimeout):
+                self._begun.result(patience_s)
+            self._tell_if_not_ready()
 
     async def await_start(self) -> None:
         """`wait_start` without blocking the event loop."""
         patience_s = self._patience_s()
-        if patience_s > 0 and not await awaited(self._ready, patience_s):
-            _log.warning("veltrix.not_ready timeout_s=%g reason=%s", self.start_timeout_s, self._trouble())
+        if patience_s > 0:
+            await awaited(self._begun, patience_s)
+            self._tell_if_not_ready()
+
+    def _tell_if_not_ready(self) -> None:
+        if not self.ready and not self._told_not_ready:
+            self._told_not_ready = True
+            _log.warning("veltrix.not_ready reason=%s", self._trouble())
 
     # Reading
 
@@ -376,6 +421,8 @@ class ConfigClient:
         self._published = publication  # after: a client that says it is ready has a view that is
         if not self._ready.done():
             self._ready.set_result(None)
+        if not self._begun.done():
+            self._begun.set_result(None)
         self._wake()
         self._subscriptions.offer(snapshot, publication.changed)
 
@@ -594,6 +641,15 @@ def _hook_process() -> None:
         _hooked = True
         os.register_at_fork(after_in_child=_forked)
         atexit.register(_exiting)
+
+
+def _in_uwsgi_master() -> bool:
+    """Whether this is uWSGI's master, which loads the app and then forks its workers in C.
+
+    A thread that runs here is cut off in the middle of whatever it does, and its locks stay locked in each worker.
+    """
+    uwsgi = sys.modules.get("uwsgi")
+    return uwsgi is not None and uwsgi.worker_id() == 0 and uwsgi.mule_id() == 0
 
 
 def _forked() -> None:

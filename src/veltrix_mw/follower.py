@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Final
+from weakref import WeakSet
 
 from veltrix_mw.disk import LastKnownGood, Saved
 from veltrix_mw.errors import StoreError
+from veltrix_mw.forking import FOLLOWERS, around_forks
 from veltrix_mw.protocols import Position, RawVersion, Store, Watch
 from veltrix_mw.replica import (
     Begun,
@@ -53,12 +55,15 @@ _log = logging.getLogger("veltrix_mw")
 CALL_TIMEOUT_S: Final = 2.0  # a call of a few milliseconds that takes this long is a failure
 LIST_TIMEOUT_S: Final = 30.0  # the one call whose length grows with the keyspace
 HISTORY_LIMIT: Final = 20  # versions of a key that are looked through for a good one
+FORK_TIMEOUT_S: Final = 5.0  # a fork waits no longer for a step to end: servers fork at their start, or to heal
 PART: Final = 32  # revisions of a burst that are applied at a stretch: a millisecond of holding the interpreter
 YIELD_S: Final = 0.0005  # between parts: a request that waits for the interpreter gets it
 
 
 class Follower:
-    """Follows a store in a daemon thread and hands each publication to `publish`; `prepare` runs there first.
+    """Follows a store in a daemon thread; hands each publication to `publish`, each failure to `failed`.
+
+    `prepare` runs in that thread before anything else.
 
     Survives whatever the store or a callback raises; `stop` ends it within its timeout.
     """
@@ -69,6 +74,7 @@ class Follower:
         *,
         replica: Replica,
         publish: Callable[[Publication], None],
+        failed: Callable[[StoreError], None],
         telemetry: Telemetry,
         prepare: Callable[[], None],
         disk: LastKnownGood | None = None,
@@ -78,12 +84,16 @@ class Follower:
         self._store = store
         self.replica = replica
         self._publish = publish
+        self._failed = failed
         self._telemetry = telemetry
         self._prepare = prepare
         self._disk = disk
         self._resumed = resumed
         self._clock = clock
         self._stopping = threading.Event()
+        # Held by whoever takes a step, except while the watch is waited for: a fork waits for it, and so finds no
+        # lock of a driver, of an import or of ours held by a thread that the child does not have.
+        self._acting = threading.RLock()
         self._thread: threading.Thread | None = None
         self._watch: Watch | None = None
         self.crashes = 0
@@ -95,11 +105,19 @@ class Follower:
 
     def start(self) -> None:
         """Start the thread; returns at once."""
+        _running.add(self)
         # An empty context: what runs in the background is no child of the request that happened to start it.
         self._thread = threading.Thread(
             target=contextvars.Context().run, args=(self._run,), name="veltrix-follower", daemon=True
         )
         self._thread.start()
+
+    def catch_up(self) -> None:
+        """Take the first steps in the calling thread, to the first list or the first failure, and leave it there."""
+        self._prepare()
+        step = self._settle(self._first_event()).step
+        while not isinstance(step, (OpenWatch, Next, Sleep)):
+            step = self._advance(step).step
 
     def stop(self, timeout_s: float) -> None:
         """End the thread, waiting for at most `timeout_s`."""
@@ -111,14 +129,16 @@ class Follower:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        try:
-            self._prepare()
-        except Exception:  # noqa: BLE001  # telemetry that cannot be set up must not keep config from coming
-            _log.exception("veltrix.telemetry_failed")
-        event = self._first_event()
+        with self._acting:
+            try:
+                self._prepare()
+            except Exception:  # noqa: BLE001  # telemetry that cannot be set up must not keep config from coming
+                _log.exception("veltrix.telemetry_failed")
+            event = self._first_event()
         while not self._stopping.is_set():
             try:
-                step = self._settle(event).step
+                with self._acting:
+                    step = self._settle(event).step
                 while not self._stopping.is_set():
                     step = self._advance(step).step
             except Exception as exc:  # noqa: BLE001
@@ -135,21 +155,34 @@ class Follower:
         return Begun(self._clock(), self._last_known_good())
 
     def _advance(self, step: Step) -> Decision:
-        """Take a step and settle what came of it; listing and applying are each a `veltrix.refresh` span."""
-        telemetry, origin = self._telemetry, self._store.info.origin
+        """Take a step and settle what came of it."""
         try:
-            if isinstance(step, List):
-                with telemetry.refresh("list", origin) as refresh:
-                    return self._settle(self._taken(step), refresh)
-            event = self._taken(step)
+            if isinstance(step, (Next, Sleep)):
+                event = self._taken(step)
+                with self._acting:
+                    return self._told(event)
+            with self._acting:
+                return self._acted(step)
         except StoreError as exc:
             if self._stopping.is_set():
                 return Decision(step)  # our own closing of the watch
-            return self._settle(Failed(self._clock(), exc, own_label=secrets.token_hex(8)))
+            with self._acting:
+                self._failed(exc)
+                return self._settle(Failed(self._clock(), exc, own_label=secrets.token_hex(8)))
+
+    def _acted(self, step: Step) -> Decision:
+        if isinstance(step, List):
+            with self._telemetry.refresh("list", self._store.info.origin) as refresh:
+                return self._settle(self._taken(step), refresh)
+        return self._settle(self._taken(step))
+
+    def _told(self, event: Event) -> Decision:
+        """Settle what was waited for; a burst of changes is one `veltrix.refresh` span."""
         if not isinstance(event, Received) or not event.batches:
             return self._settle(event)
-        records = [batch.record for batch in event.batches]
-        with telemetry.refresh("watch", origin, links=[record.traceparent for record in records]) as refresh:
+        telemetry, records = self._telemetry, [batch.record for batch in event.batches]
+        links = [record.traceparent for record in records]
+        with telemetry.refresh("watch", self._store.info.origin, links=links) as refresh:
             decision = self._settle_in_parts(event, refresh)
         now_s = time.time()
         for record in records:
@@ -249,3 +282,30 @@ def _tell(notice: Notice) -> None:
         fields,
         extra={"veltrix": {"event": notice.event, **notice.fields}},
     )
+
+
+# Forks
+
+_running: WeakSet[Follower] = WeakSet()
+_halted: list[Follower] = []
+
+
+def _before_fork() -> None:
+    """Wait until no follower is in the middle of anything; for at most as long as a call to a store may take."""
+    deadline_s = time.monotonic() + FORK_TIMEOUT_S
+    for follower in list(_running):
+        if follower._acting.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
+            _halted.append(follower)  # noqa: PERF401  # each as soon as it is held
+
+
+def _after_fork_in_parent() -> None:
+    while _halted:
+        _halted.pop()._acting.release()
+
+
+def _after_fork_in_child() -> None:
+    _halted.clear()
+    _running.clear()  # their threads stayed in the parent
+
+
+around_forks(FOLLOWERS, before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

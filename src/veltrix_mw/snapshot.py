@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Any, Final, overload
+from typing import Any, Final
 
 from veltrix_mw.errors import HeldBack, KeyMissing
 from veltrix_mw.sorted_map import Item, SortedMap
@@ -166,10 +166,6 @@ class Snapshot(Mapping[str, Any]):
             raise self._missing(key)
         return value
 
-    @overload
-    def get(self, key: str, /) -> Any: ...
-    @overload
-    def get(self, key: str, /, default: Any) -> Any: ...
     def get(self, key: str, /, default: Any = None) -> Any:
         """The value of `key`, or `default` when it is absent; raises `HeldBack` when only a rejected one is known."""
         try:

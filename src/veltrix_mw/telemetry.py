@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
 from opentelemetry import context as otel_context
@@ -25,6 +24,7 @@ from opentelemetry import trace
 from opentelemetry.trace import INVALID_SPAN, get_current_span
 
 from veltrix_mw.errors import HeldBack, KeyMissing, SettingsError, VeltrixError
+from veltrix_mw.version import __version__
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Histogram, Meter, MeterProvider, Observation
@@ -135,6 +135,16 @@ class Telemetry:
         self._meter_provider = meter_provider
         self._tracer: Tracer | None = None
         self._instruments: _Instruments | None = None
+
+    def load(self) -> None:
+        """Import what the follower will use.
+
+        Not left to its thread: a process that forks while a thread imports has children that wait for that import
+        for ever, as the module's lock is held by nobody there.
+        """
+        if self.level != "off":
+            import opentelemetry.metrics
+            import opentelemetry.trace.propagation.tracecontext  # noqa: F401
 
     # Requests
 
@@ -300,7 +310,7 @@ class Telemetry:
         # Two threads may make one each: tracers of one scope are interchangeable.
         if self._tracer is None:
             self._tracer = trace.get_tracer(
-                _SCOPE, _version(), tracer_provider=self._tracer_provider, schema_url=_SCHEMA_URL
+                _SCOPE, __version__, tracer_provider=self._tracer_provider, schema_url=_SCHEMA_URL
             )
         return self._tracer
 
@@ -422,28 +432,17 @@ def _instruments_of(provider: MeterProvider | None) -> _Instruments:
 
     # These two may run an SDK's own set-up, or read files: not under the lock.
     current = metrics.get_meter_provider()
-    version = _version()
     with _making:
         is_global = provider is None or provider is current
         if provider is None:
             provider = current
         made = (_made_global if is_global else None) or _made.get(provider)
         if made is None:
-            made = _Instruments(metrics.get_meter(_SCOPE, version, provider, schema_url=_SCHEMA_URL))
+            made = _Instruments(metrics.get_meter(_SCOPE, __version__, provider, schema_url=_SCHEMA_URL))
             _made[provider] = made
         if is_global:
             _made_global = made
         return made
-
-
-@cache
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("veltrix-mw")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 def _shown(key: str) -> str:

@@ -51,7 +51,7 @@ class override_config:
     def __call__(self, target: F) -> F:
         if inspect.isclass(target):
             self._on_class(target)
-            return target
+            return target  # type: ignore[return-value, unused-ignore]  # pyright: ignore[reportReturnType]
         run = _wrapper(target)(self._values, target)
         return functools.wraps(target)(run)  # type: ignore[return-value]
 

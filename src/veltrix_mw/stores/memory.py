@@ -7,7 +7,6 @@ the process, and after a fork parent and child each go on with a copy of their o
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Final
 from weakref import WeakSet, WeakValueDictionary
 
 from veltrix_mw.errors import Compacted, StoreUnavailable
+from veltrix_mw.forking import STORES, around_forks
 from veltrix_mw.protocols import (
     Batch,
     ChangeRecord,
@@ -325,4 +325,4 @@ def _after_fork_in_child() -> None:
         keyspace.changed = threading.Condition(threading.Lock())
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+around_forks(STORES, before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

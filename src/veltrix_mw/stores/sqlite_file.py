@@ -21,6 +21,8 @@ from urllib.parse import quote
 from weakref import WeakSet
 
 from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
+from veltrix_mw.forking import STORES, around_forks
+from veltrix_mw.protocols import NeverWritten
 
 __all__ = ["Connection", "Follower", "SqliteFile", "primary_code"]
 
@@ -451,8 +453,8 @@ class SqliteFile:
             f"GROUP '{folder}' && chmod -R g+rwX '{folder}'"
         )
 
-    def _absent(self, state: str) -> StoreUnavailable:
-        return StoreUnavailable(f"{self.path} {state} yet; the first write creates it: {self._hint}")
+    def _absent(self, state: str) -> NeverWritten:
+        return NeverWritten(f"{self.path} {state} yet; the first write creates it: {self._hint}")
 
     def mixed(self) -> StoreError:
         """What is said of a file whose rows contradict each other."""
@@ -512,4 +514,4 @@ def _go_on_in_child() -> None:
         file.abandon()
 
 
-os.register_at_fork(before=_close_before_fork, after_in_parent=_go_on_in_parent, after_in_child=_go_on_in_child)
+around_forks(STORES, before=_close_before_fork, after_in_parent=_go_on_in_parent, after_in_child=_go_on_in_child)

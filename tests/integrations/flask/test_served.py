@@ -30,6 +30,7 @@ SERVERS = pytest.mark.parametrize(
         pytest.param("gunicorn", ("--preload",), EARLY, id="gunicorn-preload-started-before-the-fork"),
         pytest.param("granian", ("--blocking-threads", "4"), {}, id="granian"),
         pytest.param("uwsgi", ("--threads", "4"), {}, id="uwsgi-master-forks"),
+        pytest.param("uwsgi", ("--threads", "4"), EARLY, id="uwsgi-read-before-the-fork"),
         pytest.param("uwsgi", ("--threads", "4", "--lazy-apps"), {}, id="uwsgi-lazy-apps"),
     ],
 )

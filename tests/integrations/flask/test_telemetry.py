@@ -205,7 +205,7 @@ def test_hooks_between_the_two_are_counted_as_far_as_the_span_has_begun(make: Or
 @ORDERS
 def test_hooks_between_the_two_read_below_layers(make: Order, told: Told) -> None:
     seen: list[int] = []
-    app = make(told, hook=lambda: seen.append(config["limit"]), layers=lambda _: ["tenants/acme/"])
+    app = make(told, hook=lambda: seen.append(g.config["limit"]), layers=lambda _: ["tenants/acme/"])
     get(app, "/index")
     get(app, "/index")
     assert seen == [10, 10]
