@@ -1,0 +1,222 @@
+"""Reading verbs: `get`, `list`, `history`, `status`.
+
+Each is one call to the authority, and starts no follower.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from veltrix_mw import ConfigClient, Entry, KeyMissing, NeverWritten, Snapshot, StoreError, Version
+from veltrix_mw.cli import json_text, output
+from veltrix_mw.cli.failure import exit_code, tell
+from veltrix_mw.cli.prefix import Prefix, prefix_argument
+from veltrix_mw.cli.session import Session, listed, on_store, past, revision_option
+
+__all__ = ["get", "history", "list_", "status"]
+
+
+@click.command()
+@click.argument("key")
+@revision_option
+@click.option("--raw", is_flag=True, help="Print a string without its quotes, for use in a shell.")
+@on_store
+def get(session: Session, key: str, revision: int | None, raw: bool) -> None:
+    """Print the value of KEY, as JSON."""
+    if raw and session.as_json:
+        raise click.UsageError("--raw and --json exclude each other")
+    with session.client() as client, past():
+        found = client.read([key], revision)
+    if key not in found:
+        when = "does not exist" if revision is None else f"did not exist at revision {revision}"
+        raise KeyMissing(f"{key!r} {when}; veltrix list shows the keys there are")
+    entry = found[key]
+    if session.as_json:
+        output.say_json({"key": key, "value": entry.value, "mod_revision": entry.mod_revision})
+    elif raw and isinstance(entry.value, str):
+        click.echo(entry.value.encode())
+    elif output.on_terminal():
+        output.console().print_json(json_text.compact(entry.value))
+    else:
+        click.echo(json_text.compact(entry.value))
+
+
+@click.command("list")
+@prefix_argument
+@revision_option
+@click.option("--keys", "keys_only", is_flag=True, help="The keys alone.")
+@on_store
+def list_(session: Session, prefix: Prefix, revision: int | None, keys_only: bool) -> None:
+    """List keys, values and revisions.
+
+    All that is below PREFIX, each with the revision that wrote it. PREFIX is a key, with or without
+    the slash after it; default all.
+    """
+    with session.client() as client:
+        snapshot = listed(client, revision)
+    keys = [key for key in snapshot if prefix.holds(key)]
+    _warn_of_rejected(snapshot)
+    if session.as_json:
+        output.say_json(
+            keys if keys_only else {key: _entry_json(snapshot.entry(key)) for key in keys},
+        )
+    elif keys_only:
+        for key in keys:
+            click.echo(key)
+    elif keys:
+        rows = ((key, output.shown(snapshot[key]), str(snapshot.entry(key).mod_revision)) for key in keys)
+        output.table(("key", "value", "revision"), rows, right=("revision",), cut="value")
+    elif output.on_terminal():
+        click.echo(f"no keys{prefix.phrase} at revision {snapshot.revision}", err=True)
+
+
+@click.command()
+@click.argument("key")
+@click.option("--limit", type=click.IntRange(min=1), default=100, metavar="N", help="At most so many; default 100.")
+@on_store
+def history(session: Session, key: str, limit: int) -> None:
+    """Show the versions of KEY that are kept.
+
+    The newest first: who wrote it, when and why.
+    """
+    with session.client() as client:
+        versions = client.history(key, limit=limit)
+    if not versions:
+        raise KeyMissing(f"{key!r} has no history; veltrix list shows the keys there are")
+    if session.as_json:
+        output.say_json([version_json(version) for version in versions])
+        return
+    rows = [
+        (
+            str(version.revision),
+            _time(version.time_s),
+            json_text.plain(version.author),
+            json_text.plain(version.reason),
+            _state(version),
+        )
+        for version in versions
+    ]
+    output.table(("revision", "time", "author", "reason", "value"), rows, right=("revision",), cut="value")
+
+
+@click.command()
+@on_store
+def status(session: Session) -> None:
+    """Show whether the authority answers."""
+    with session.client() as client:
+        begun_s = time.monotonic()
+        try:
+            snapshot = listed(client)
+            error = None
+        except StoreError as exc:
+            snapshot, error = Snapshot(), exc
+        took_s = time.monotonic() - begun_s
+        answer = _status(client, snapshot, error, took_s)
+    if session.as_json:
+        output.say_json(answer)
+    else:
+        _draw_status(answer)
+    if error is not None:
+        tell(error, as_json=session.as_json)
+        click.get_current_context().exit(exit_code(error))
+
+
+def _status(client: ConfigClient, snapshot: Snapshot, error: StoreError | None, took_s: float) -> dict[str, Any]:
+    # `client.status()` knows the tiers' names and redacted URLs without I/O; a process that follows nothing asks.
+    tiers = [
+        {
+            "name": tier.name,
+            "role": tier.role,
+            "url": tier.url,
+            "state": _reachability(error),
+            "revision": snapshot.revision,
+            "answered_in_s": round(took_s, 6) if error is None else None,
+            "error": "" if error is None else str(error),
+        }
+        for tier in client.status().tiers
+    ]
+    return {
+        "ready": error is None,
+        "namespace": client.namespace,
+        "revision": snapshot.revision,
+        "incarnation": snapshot.incarnation,
+        "entries": len(snapshot) + len(snapshot.rejected),
+        "rejected": {key: {"revision": why.revision, "reason": why.reason} for key, why in snapshot.rejected.items()},
+        "tiers": tiers,
+    }
+
+
+def _reachability(error: StoreError | None) -> str:
+    if error is None:
+        return "reachable"
+    return "never written" if isinstance(error, NeverWritten) else "unreachable"
+
+
+def _draw_status(answer: dict[str, Any]) -> None:
+    rejected = answer["rejected"]
+    output.fields(
+        {
+            "authority": answer["tiers"][0]["state"],
+            "namespace": answer["namespace"],
+            **(
+                {
+                    "revision": str(answer["revision"]),
+                    "incarnation": answer["incarnation"] or "none yet: nothing was written",
+                    "entries": str(answer["entries"]),
+                    "rejected": ", ".join(f"{key} ({why['reason']})" for key, why in rejected.items()) or "none",
+                }
+                if answer["ready"]
+                else {}
+            ),
+        }
+    )
+    if output.on_terminal():
+        click.echo()
+    rows = [
+        (
+            tier["name"],
+            tier["role"],
+            tier["state"],
+            "-" if tier["answered_in_s"] is None else f"{tier['answered_in_s'] * 1000:.1f} ms",
+            tier["url"],
+        )
+        for tier in answer["tiers"]
+    ]
+    output.table(("tier", "role", "state", "answered in", "url"), rows, right=("answered in",))
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    return {"value": entry.value, "mod_revision": entry.mod_revision}
+
+
+def version_json(version: Version) -> dict[str, Any]:
+    """A version's members; `value` is left out where the key was deleted, or what is stored is no value."""
+    shown: dict[str, Any] = {"revision": version.revision, "key": version.key, "deleted": version.deleted}
+    if version.invalid:
+        shown["invalid"] = version.invalid
+    elif not version.deleted:
+        shown["value"] = version.value
+    return {**shown, "author": version.author, "reason": version.reason, "time_s": version.time_s}
+
+
+def _state(version: Version) -> str:
+    if version.deleted:
+        return "(deleted)"
+    return f"(invalid: {version.invalid})" if version.invalid else output.shown(version.value)
+
+
+def _time(time_s: float) -> str:
+    """Local time with its offset, to the second."""
+    try:
+        return datetime.fromtimestamp(time_s, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+    except (ValueError, OverflowError, OSError):
+        return "(no time)"  # another writer's clock or unit
+
+
+def _warn_of_rejected(snapshot: Snapshot) -> None:
+    for key, why in snapshot.rejected.items():
+        click.echo(f"warning: {key!r} is left out: {json_text.plain(why.reason)}", err=True)

@@ -1,0 +1,1 @@
+"""The command `veltrix`: its verbs through click's runner, its behaviour as a process through real ones."""
