@@ -148,9 +148,11 @@ def test_the_first_view_starts_the_following(url: str, writer: ConfigClient) -> 
 
 def test_close_is_quick_idempotent_and_leaves_views_readable(client: ConfigClient, writer: ConfigClient) -> None:
     view = client.view()
+    follower = client._follower
+    assert follower is not None
     client.close()
     client.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "veltrix-follower"]
+    wait_until(lambda: not follower.alive, 10, reason="the thread to end")
     assert view["first"] == 1
     assert client.status().tiers[0].state == "stopped"
 

@@ -252,6 +252,7 @@ def test_beyond_so_many_changed_keys_whole_snapshots_are_compared(monkeypatch: p
     assert told._all[0]._changed is None
     heard.may_go_on.set()
     heard.wait_for_revision(11)
+    assert told._all[0]._changed == set()
     told.offer(snapshot({**model, "a/z": (0, 12)}, 12), frozenset({"a/z"}))
     heard.wait_for_revision(12)
     assert sorted(heard.states()) == sorted([*(key for key in model if key.startswith("a/")), "a/z"])
@@ -505,6 +506,18 @@ def test_closing_in_the_midst_of_a_callback_does_not_wait_for_it_and_keeps_the_r
 
 
 # Forks
+
+
+def test_a_fork_in_the_midst_of_an_offer_loses_nothing() -> None:
+    told, heard = Subscriptions(), Heard()
+    told.add("", heard, EMPTY)
+    subscription = told._all[0]
+    subscription._newest = snapshot({"a": (1, 1)}, 1)  # as far as the offer had come, in a thread that is gone
+    told._after_fork()
+    told.offer(snapshot({"a": (1, 1), "b": (1, 2)}, 2), frozenset({"b"}))
+    heard.wait_for_calls(1)
+    assert [change.key for change in heard.calls[0][0]] == ["a", "b"]
+    told.close()
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -24,6 +24,7 @@ from veltrix_mw.current import Pinned
 from veltrix_mw.errors import (
     Compacted,
     KeyMissing,
+    NeverWritten,
     NotReady,
     RevisionTimeout,
     SettingsError,
@@ -295,8 +296,6 @@ class ConfigClient:
 
     def _failed(self, error: StoreError) -> None:
         """Called by the follower's thread alone."""
-        from veltrix_mw.protocols import NeverWritten
-
         # What is to be fixed, or made by a first write, is not mended by letting requests wait.
         passing = isinstance(error, (StoreUnavailable, Compacted)) and not isinstance(error, NeverWritten)
         if not passing and not self._begun.done():

@@ -7,6 +7,7 @@ Owns the error tree and nothing else; knows no store, no framework.
     VeltrixError
     ├── StoreError                  a store said no, or nothing
     │   ├── StoreUnavailable        retry: the store is away or too slow
+    │   │   └── NeverWritten        write: the store is not there yet, and the first write makes it
     │   ├── Compacted               list again: the history asked for is gone
     │   ├── AuthFailed              fix it: credentials or permissions
     │   └── Overloaded              retry later: a cap protects the store
@@ -40,6 +41,7 @@ __all__ = [
     "InvalidValue",
     "KeyMissing",
     "LeaseLost",
+    "NeverWritten",
     "NoCurrentView",
     "NotLoaded",
     "NotReady",
@@ -63,6 +65,10 @@ class StoreError(VeltrixError):
 
 class StoreUnavailable(StoreError):
     """The store cannot be reached, or did not answer by the deadline. Retry."""
+
+
+class NeverWritten(StoreUnavailable):
+    """The store is not there yet: nothing was ever written. The first write makes it."""
 
 
 class Compacted(StoreError):

@@ -167,8 +167,9 @@ class Follower:
             if self._stopping.is_set():
                 return Decision(step)  # our own closing of the watch
             with self._acting:
+                decision = self._settle(Failed(self._clock(), exc, own_label=secrets.token_hex(8)))
                 self._failed(exc)
-                return self._settle(Failed(self._clock(), exc, own_label=secrets.token_hex(8)))
+                return decision
 
     def _acted(self, step: Step) -> Decision:
         if isinstance(step, List):

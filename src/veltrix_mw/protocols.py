@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from veltrix_mw.errors import Compacted, StoreUnavailable
+from veltrix_mw.errors import Compacted
 from veltrix_mw.values import Missing
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Followed",
     "Limits",
     "Listing",
-    "NeverWritten",
     "Position",
     "RawChange",
     "RawOperation",
@@ -153,10 +152,6 @@ class Restored(Compacted):
 
     Who may write mints a new incarnation (`renew_incarnation`), then all list again.
     """
-
-
-class NeverWritten(StoreUnavailable):
-    """The store is not there yet: the first write makes it. Until then nothing can be read."""
 
 
 class Watch(Protocol):

@@ -20,9 +20,8 @@ from typing import Any, Final, Protocol
 from urllib.parse import quote
 from weakref import WeakSet
 
-from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
+from veltrix_mw.errors import AuthFailed, NeverWritten, StoreError, StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
-from veltrix_mw.protocols import NeverWritten
 
 __all__ = ["Connection", "Follower", "SqliteFile", "primary_code"]
 

@@ -20,9 +20,10 @@ from django.views import View as DjangoView
 
 import django_veltrix
 from django_veltrix import ConfigMiddleware, config, get_client, override_config
-from tests.support.waiting import wait_until
-from veltrix_mw import ConfigClient, NoCurrentView, SettingsError, current_view
+from veltrix_mw import ConfigClient, NoCurrentView, SettingsError, StoreUnavailable, current_view
 from veltrix_mw import wsgi as core_wsgi
+from veltrix_mw.protocols import Listing
+from veltrix_mw.stores.memory import MemoryStore
 
 MIDDLEWARE = "django_veltrix.ConfigMiddleware"
 URLS = "tests.integrations.django.project.urls"
@@ -448,37 +449,47 @@ def test_a_request_goes_on_without_a_list_and_reading_says_why(fetch, tmp_path):
         assert not get_client().ready
 
 
-def started() -> bool:
-    return get_client().status().tiers[0].state != "stopped"
+class AwayStore(MemoryStore):
+    """A store that cannot be reached until it is `there`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.there = threading.Event(), threading.Event()
+
+    def list(self, *, timeout_s: float) -> Listing:
+        self.asked.set()
+        if not self.there.is_set():
+            raise StoreUnavailable("away")
+        return super().list(timeout_s=timeout_s)
 
 
-def test_the_first_request_under_wsgi_waits_for_the_first_list(tmp_path):
-    url = f"sqlite:///{tmp_path}/config.db"  # nobody has made it yet
-    with (
-        override_settings(VELTRIX={"URL": url, "START_TIMEOUT_S": 20}, ROOT_URLCONF=URLS),
-        ThreadPoolExecutor(1) as pool,
-    ):
+def test_the_first_request_under_wsgi_waits_for_the_first_list():
+    store = AwayStore()
+    client = ConfigClient(store, start_timeout_s=20)
+    client.put("greeting", "at last")
+    with override_settings(VELTRIX={"CLIENT": client}, ROOT_URLCONF=URLS), ThreadPoolExecutor(1) as pool:
         answer = pool.submit(get, "/config")
-        wait_until(started, 20, reason="the request starts the client")
-        with ConfigClient(url) as other:
-            other.put("greeting", "at last")
-        # Whether the list came before or after the first write of the new file: reading it is no longer NotReady.
-        assert answer.result(20).json()["greeting"] in {None, "at last"}
+        assert store.asked.wait(20), "the request starts the client"
+        store.there.set()
+        assert answer.result(20).json()["greeting"] == "at last"
+    client.close()
 
 
-def test_the_first_request_under_asgi_waits_without_blocking_the_event_loop(tmp_path):
-    url = f"sqlite:///{tmp_path}/config.db"
+def test_the_first_request_under_asgi_waits_without_blocking_the_event_loop():
+    store = AwayStore()
+    client = ConfigClient(store, start_timeout_s=20)
+    client.put("greeting", "at last")
 
     async def run() -> Any:
         answer = asyncio.create_task(AsyncClient().get("/config"))
-        while not started():
+        while not store.asked.is_set():
             await asyncio.sleep(0.005)  # the request is a task of this loop: it needs turns, and tells nobody
-        with ConfigClient(url) as other:
-            await other.aput("greeting", "at last")  # a loop that was blocked would not come here in time
+        store.there.set()  # a loop that was blocked would not come here in time
         return (await answer).json()
 
-    with override_settings(VELTRIX={"URL": url, "START_TIMEOUT_S": 5}, ROOT_URLCONF=URLS):
-        assert asyncio.run(run())["greeting"] in {None, "at last"}
+    with override_settings(VELTRIX={"CLIENT": client}, ROOT_URLCONF=URLS):
+        assert asyncio.run(run())["greeting"] == "at last"
+    client.close()
 
 
 def test_nothing_on_the_way_of_a_request_blocks_the_event_loop(tmp_path):
