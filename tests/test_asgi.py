@@ -17,6 +17,11 @@ import pytest
 import trio
 import trio.testing
 from blockbuster import blockbuster_ctx
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.support.waiting import wait_until
 from veltrix_mw import (
@@ -261,6 +266,151 @@ def test_two_clients_nested_each_give_their_part_their_own_view(client: ConfigCl
     assert set(scope["state"]) == {"config"}
 
 
+@pytest.fixture
+def layered(client: ConfigClient) -> ConfigClient:
+    """Regions are the outer layers, tenants the inner ones."""
+    settings = {"regions/eu/checkout/max_items": 5, "regions/eu/both": "eu", "tenants/acme/both": "acme"}
+    client.wait_for(client.write([Put(key, value) for key, value in settings.items()]))
+    return client
+
+
+def eu(scope: Scope) -> list[str]:
+    return ["regions/eu/"]
+
+
+def acme(scope: Scope) -> list[str]:
+    return ["tenants/acme/"]
+
+
+@pytest.mark.parametrize("make", [http, websocket])
+@pytest.mark.parametrize("attribute", ["config", "inner_config"])
+def test_inner_layers_lie_over_outer_ones_at_one_revision_and_for_the_inner_part_alone(
+    layered: ConfigClient, attribute: str, make: Callable[[], Scope]
+) -> None:
+    client, scope, seen = layered, make(), list[Any]()
+
+    def note(name: str) -> None:
+        view = scope["state"][name]
+        assert view is scope[VIEW_KEY]
+        assert view is current_view()
+        seen.append((view["checkout/max_items"], view["both"]))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        note(attribute)
+
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        note(attribute)
+        raise RuntimeError("the app's own")
+
+    async def between(scope: Scope, receive: Receive, send: Send) -> None:
+        changed = [Put("regions/eu/checkout/max_items", 6), Put("tenants/acme/both", "new")]
+        note("config")
+        await client.await_for(await client.awrite(changed))
+        await ConfigMiddleware(app, client=client, layers=acme, attribute=attribute)(scope, receive, send)
+        note("config")
+        with pytest.raises(RuntimeError):
+            await ConfigMiddleware(failing, client=client, layers=acme, attribute=attribute)(scope, receive, send)
+        note("config")
+        assert set(scope["state"]) == {"config"}
+
+    run(ConfigMiddleware(between, client=client, layers=eu), scope)
+    assert seen == [(5, "eu"), (5, "acme"), (5, "eu"), (5, "acme"), (5, "eu")]
+
+
+def test_an_inner_middleware_sets_the_attribute_it_was_asked_for_while_its_app_runs(client: ConfigClient) -> None:
+    scope, seen = http(), []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["state"]["inner_config"] is scope["state"]["config"] is current_view())
+
+    inner = ConfigMiddleware(app, client=client, attribute="inner_config")
+    run(ConfigMiddleware(inner, client=client), scope)
+    assert seen == [True]
+    assert set(scope["state"]) == {"config"}
+
+
+def test_an_inner_layer_that_is_no_prefix_is_answered_400_and_the_outer_part_keeps_its_view(
+    layered: ConfigClient,
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("the app ran")
+
+    async def between(scope: Scope, receive: Receive, send: Send) -> None:
+        await ConfigMiddleware(app, client=layered, layers=lambda scope: ["../"])(scope, receive, send)
+        assert scope["state"]["config"] is scope[VIEW_KEY] is current_view()
+        assert current_view()["both"] == "eu"
+
+    start, _ = run(ConfigMiddleware(between, client=layered, layers=eu), http())
+    assert start["status"] == 400
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_an_inner_middleware_sends_its_header_and_an_outer_one_does_not_repeat_it(
+    client: ConfigClient, outer: bool
+) -> None:
+    inner = ConfigMiddleware(ok, client=client, revision_header=True)
+    start, _ = run(ConfigMiddleware(inner, client=client, revision_header=outer), http())
+    assert start["headers"] == [(b"x-app", b"1"), (b"x-config-revision", b"%d" % client.snapshot.revision)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"layers": acme}, {"revision_header": True}], ids=["plain", "layers", "header"]
+)
+def test_a_scope_that_is_sent_again_is_a_new_request(client: ConfigClient, options: Any) -> None:
+    seen: list[int] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["state"]["config"] is scope[VIEW_KEY] is current_view()
+        seen.append(current_view()["checkout/max_items"])
+
+    scope, wrapped = http(), ConfigMiddleware(app, client=client, **options)
+    run(wrapped, scope)
+    client.wait_for(client.put("checkout/max_items", 80))
+    run(wrapped, scope)
+    assert seen == [41, 80]
+
+
+@pytest.mark.parametrize("traced_outside", [True, False])
+def test_the_reads_of_an_inner_middleware_are_told_before_the_last_message_and_once(traced_outside: bool) -> None:
+    exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
+    tracers, meters = TracerProvider(), MeterProvider([reader])
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = tracers.get_tracer("server")
+
+    def traced(app: App) -> App:
+        async def tracing(scope: Scope, receive: Receive, send: Send) -> None:
+            with tracer.start_as_current_span("request", end_on_exit=False) as span:
+
+                async def sending(message: Message) -> None:
+                    if message["type"] == "http.response.body":
+                        span.end()
+                    await send(message)
+
+                await app(scope, receive, sending)
+
+        return tracing
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert current_view()["checkout/max_items"] == 41
+        await ok(scope, receive, send)
+
+    async def between(scope: Scope, receive: Receive, send: Send) -> None:
+        assert current_view()["checkout/max_items"] == 41
+        inner = ConfigMiddleware(app, client=client, layers=acme)
+        await (inner if traced_outside else traced(inner))(scope, receive, send)
+
+    with ConfigClient("memory://", tracer_provider=tracers, meter_provider=meters) as client:
+        client.wait_for(client.put("checkout/max_items", 41))
+        outer = ConfigMiddleware(between, client=client)
+        run(traced(outer) if traced_outside else outer, http())
+        (span,) = [span for span in exporter.get_finished_spans() if span.name == "request"]
+        assert (span.attributes or {})["veltrix.lookup.count"] == (2 if traced_outside else 1)
+        data: Any = reader.get_metrics_data()
+        found = {metric.name: metric for metric in data.resource_metrics[0].scope_metrics[0].metrics}
+        assert [point.count for point in found["veltrix.lookup.duration"].data.data_points] == [1]
+    meters.shutdown()
+
+
 # Layers
 
 
@@ -314,6 +464,7 @@ def test_an_invalid_layer_can_be_dropped_and_the_valid_ones_stay(client: ConfigC
     scope = http(headers=[(b"x-layer", b"tenants/acme/"), (b"x-layer", b"../")])
     run(ConfigMiddleware(ok, client=client, layers=layers, on_invalid_layer="ignore"), scope)
     assert scope["state"]["config"]["checkout/max_items"] == 7
+    assert client.dropped_layers == 1
 
 
 def test_layers_that_are_a_str_are_the_apps_mistake_and_not_the_requests(client: ConfigClient) -> None:
@@ -576,6 +727,52 @@ async def _raises_at_once(scope: Scope, receive: Receive, send: Send) -> None:
 async def _returns_at_once(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "lifespan":
         await ok(scope, receive, send)
+
+
+@pytest.mark.parametrize("kind", [ValueError, AssertionError, KeyError, NotImplementedError, TypeError])
+def test_what_apps_raise_that_know_no_lifespan_is_answered_for_and_logged_by_its_type(
+    kind: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    client = unstarted()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise kind("what the app says")
+
+    async def main() -> None:
+        life = Life(ConfigMiddleware(app, client=client))
+        assert await life.tell("startup") == "startup.complete"
+        assert await life.tell("shutdown") == "shutdown.complete"
+        await life.task
+
+    with caplog.at_level(logging.INFO, "veltrix_mw"):
+        asyncio.run(main())
+    said = [record.getMessage() for record in caplog.records if "lifespan" in record.getMessage()]
+    assert said == [f"veltrix.no_lifespan error={kind.__name__}"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ConnectionRefusedError("the database is away"),
+        RuntimeError("the app's own"),
+        MemoryError(),
+        UnicodeDecodeError("utf-8", b"x", 0, 1, "a ValueError, but of another cause"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_any_other_failure_at_once_is_the_servers_to_see_and_closes_the_client(failure: Exception) -> None:
+    client = unstarted()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise failure
+
+    async def main() -> None:
+        with pytest.raises(type(failure)) as raised:
+            await Life(ConfigMiddleware(app, client=client)).tell("startup")
+        assert raised.value is failure
+        assert not running(client)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("app", [_raises_at_once, _returns_at_once])

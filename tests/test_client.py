@@ -33,7 +33,7 @@ from veltrix_mw import (
     StoreUnavailable,
     current_view,
 )
-from veltrix_mw.protocols import Confirmation, Position
+from veltrix_mw.protocols import Confirmation, Listing, Position
 from veltrix_mw.stores.memory import MemoryStore
 
 
@@ -255,7 +255,7 @@ def test_a_rejected_change_is_reported_and_the_last_good_value_stays(url: str, w
         assert client.view()["pay/limit"] == 5
         assert client.view().bind(Payments, "pay/") == Payments(5)
         assert client.status().rejected["pay/limit"].revision == revision
-        assert client.rejections == 1
+        assert client._stats.rejections == 1
         client.wait_for(writer.put("other", 1))
         assert client.view()["other"] == 1
         client.wait_for(writer.put("pay/limit", 6))
@@ -512,3 +512,200 @@ def test_namespaces_of_one_database_do_not_mix(url: str, writer: ConfigClient) -
         other.wait_ready(10)
         wait_until(lambda: other.view().get("first") == 9, 10, reason="the namespace's own value")
         assert writer.read(["first"])["first"].value == 1
+
+
+class SlowStore(MemoryStore):
+    """A store whose first list takes as long as the test wants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.go_on, self.lists = threading.Event(), threading.Event(), 0
+
+    def list(self, *, timeout_s: float) -> Listing:
+        listing = super().list(timeout_s=timeout_s)
+        self.lists += 1
+        if self.lists == 1:
+            self.asked.set()
+            assert self.go_on.wait(20)
+        return listing
+
+
+def test_a_follower_that_was_let_go_publishes_nothing_any_more(tmp_path: Path) -> None:
+    """It may be held up in a call for longer than `close` waits; what it then brings is old."""
+    store = SlowStore()
+    client = ConfigClient(store, last_known_good=tmp_path / "kept")
+    client.put("n", 1)
+    client.start()
+    assert store.asked.wait(10)
+    old = client._follower
+    assert old is not None
+    client.close()
+    revision = client.put("n", 2)
+    client.start()
+    client.wait_for(revision)
+    store.go_on.set()
+    wait_until(lambda: not old.alive, 10, reason="the old follower to end")
+    assert client.view()["n"] == 2
+    assert client.view().revision == revision
+    client.close()
+
+
+def test_starting_and_closing_at_once_from_many_threads_leaves_a_client_that_works(
+    url: str, writer: ConfigClient
+) -> None:
+    client, stop, errors = ConfigClient(url), threading.Event(), []
+
+    def churn(act: Any) -> None:
+        while not stop.is_set():
+            try:
+                act()
+            except Exception as exc:
+                errors.append(exc)
+
+    def hold_and_release() -> None:
+        client.hold()()
+
+    acts = [client.start, client.close, client.view, hold_and_release]
+    threads = [threading.Thread(target=churn, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    stop.wait(1.5)
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+    assert not errors
+    client.start()
+    client.wait_for(writer.put("first", 7), timeout_s=10)
+    assert client.view()["first"] == 7
+    client.close()
+
+
+def test_a_follower_thread_that_dies_is_replaced(
+    client: ConfigClient, writer: ConfigClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = client._follower
+    assert dead is not None
+
+    def die(*_: Any) -> None:
+        raise SystemExit  # what no `except Exception` catches
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # its death is the test's own doing
+    monkeypatch.setattr(dead, "_told", die)
+    revision = writer.put("first", 2)
+    wait_until(lambda: not dead.alive, 10, reason="the thread to die")
+    client.wait_for(revision, timeout_s=10)
+    assert client.view()["first"] == 2
+
+
+def test_a_thread_that_cannot_be_started_fails_no_request_and_is_tried_again(
+    url: str, writer: ConfigClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = ConfigClient(url, start_timeout_s=0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_threads)
+        with client.pinned() as view, pytest.raises(NotReady):
+            view["first"]
+    client.wait_ready()
+    assert client.view()["first"] == 1
+    client.close()
+
+
+def _no_threads(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_who_gives_up_waiting_is_forgotten(client: ConfigClient) -> None:
+    async def give_up() -> None:
+        for _ in range(20):
+            with pytest.raises(RevisionTimeout):
+                await client.await_for(10**9, timeout_s=0.001)
+
+    asyncio.run(give_up())
+    with pytest.raises(RevisionTimeout):
+        client.wait_for(10**9, timeout_s=0.001)
+    assert len(client._waiters) == 0
+
+
+def test_a_closed_client_stays_closed_until_the_caller_starts_it(client: ConfigClient, writer: ConfigClient) -> None:
+    client.close()
+    writer.put("first", 2)
+    for _ in range(40):
+        assert client.view()["first"] == 1
+    assert client.snapshot["first"] == 1
+    with pytest.raises(RevisionTimeout, match="closed"):
+        client.wait_for(99, timeout_s=0.01)
+    assert client._follower is None
+    client.wait_ready()
+    wait_until(lambda: client.view()["first"] == 2, 10, reason="the change made meanwhile")
+
+
+def test_a_forked_child_waits_for_its_own_first_list(url: str) -> None:
+    """The parent found no store and gave up; the child is a life of its own."""
+    client = ConfigClient(url, start_timeout_s=0.2)
+    with client.pinned() as view, pytest.raises(NotReady):
+        view["first"]
+    other = ConfigClient(url)
+    other.put("first", 1)
+    other.close()
+
+    def in_the_child() -> Any:
+        with client.pinned() as view:
+            return view["first"]
+
+    assert in_child(in_the_child) == 1
+    client.close()
+
+
+def test_subscribers_hear_after_a_restart_what_came_while_they_were_busy(
+    client: ConfigClient, writer: ConfigClient
+) -> None:
+    busy, go_on, heard = threading.Event(), threading.Event(), []
+
+    def slow(changes: tuple[Change, ...], snapshot: Snapshot) -> None:
+        heard.append(snapshot["first"])
+        busy.set()
+        assert go_on.wait(20)
+
+    client.subscribe("", slow)
+    client.wait_for(writer.put("first", 2))
+    assert busy.wait(10)
+    client.wait_for(writer.put("first", 3))
+    client.close()
+    go_on.set()
+    client.start()
+    wait_until(lambda: heard[-1] == 3, 10, reason="the last value to be heard")
+
+
+def test_threads_that_fork_at_once_leave_every_follower_running(client: ConfigClient, writer: ConfigClient) -> None:
+    def fork_some() -> None:
+        for _ in range(6):
+            in_child(lambda: 1)
+
+    with ConfigClient("memory://") as other:
+        other.wait_ready()
+        threads = [threading.Thread(target=fork_some) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        client.wait_for(writer.put("first", 9), timeout_s=10)
+        other.wait_for(other.put("k", 1), timeout_s=10)
+
+
+@dataclass(frozen=True)
+class Range:
+    lo: int = 0
+    hi: int = 10
+
+    def __post_init__(self) -> None:
+        if self.lo > self.hi:
+            raise ValueError("lo is above hi")
+
+
+def test_a_write_is_judged_with_the_one_that_this_process_made_just_before(url: str, writer: ConfigClient) -> None:
+    with ConfigClient(url, schemas={"r/": Range}) as client:
+        client.wait_ready()
+        for number in range(10):
+            client.write([Put("r/lo", 0), Put("r/hi", 10)])
+            client.put("r/hi", 100 + number)
+            client.put("r/lo", 50)

@@ -203,7 +203,7 @@ def test_a_whole_section_is_recovered_as_of_one_past_revision() -> None:
     assert space.wanting == ("pay/currency",)
     record = ChangeRecord()
     space.recover({"pay/currency": [RawVersion("pay/currency", b'"USD"', 3, record)]})
-    assert "pay/currency" not in space.snapshot
+    assert space.wanting == ("pay/currency",)
 
 
 def test_what_a_restart_loads_is_checked_against_the_schemas_of_today() -> None:
@@ -281,7 +281,7 @@ def test_a_worker_that_followed_and_one_that_lists_afresh_agree_on_all_that_is_g
         assert snapshot.digest == authority_digest({key: at for key, (_, at) in state.items()})
         assert followed.entry_count == len(state)
         for key, (value, at) in state.items():
-            if key in snapshot and key not in snapshot.rejected:
+            if key not in snapshot.rejected:
                 assert snapshot.entry(key).mod_revision == at
                 assert snapshot[key] == value
         for key in snapshot:
@@ -291,3 +291,45 @@ def test_a_worker_that_followed_and_one_that_lists_afresh_agree_on_all_that_is_g
         if not fresh.rejected:
             assert not snapshot.rejected
             assert dict(snapshot) == dict(fresh) == {key: value for key, (value, _) in state.items()}
+
+
+def test_the_rejections_stay_one_object_while_nothing_of_them_changes() -> None:
+    space = restored(keyspace({"p/": dict[str, int]}), {"a": (1, 1), "bad": (b"{", 2), "p/x": ("text", 3)}, 5)
+    rejected = space.snapshot.rejected
+    assert set(rejected) == {"bad", "p/x"}
+    for revision, key in enumerate(("a", "b", "c/d"), start=6):
+        space.apply(batch_of(revision, {key: revision}))
+        assert space.snapshot.rejected is rejected
+    assert space.entry_count == 5
+    restored(space, {"a": (6, 6), "b": (7, 7), "c/d": (8, 8), "bad": (b"{", 2), "p/x": ("text", 3)}, 9)
+    assert space.snapshot.rejected is rejected
+    space.apply(batch_of(10, {"bad": MISSING}))
+    assert set(space.snapshot.rejected) == {"p/x"}
+    assert space.entry_count == 4
+
+
+def test_the_count_is_the_authority_s_also_after_history_gave_a_good_value() -> None:
+    space = restored(keyspace(), {"a": (1, 1), "bad": (b"{", 2)}, 5)
+    assert space.entry_count == 2
+    space.recover({"bad": [RawVersion("bad", b"1", 1, ChangeRecord())]})
+    assert space.snapshot["bad"] == 1
+    assert space.entry_count == 2
+
+
+def test_a_change_among_many_that_are_held_back_looks_at_none_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = {f"bad/k{number:04}": ("text", 2) for number in range(2000)}
+    space = restored(keyspace({"bad/": dict[str, int]}), {"a": (1, 1), **many}, 5)
+    assert len(space.snapshot.rejected) == 2000
+    digest, count = space.snapshot.digest, space.entry_count
+    space.apply(batch_of(6, {"a": 2}))
+    assert space.entry_count == count
+
+    def walked(*_: Any) -> Any:
+        raise AssertionError("it went through all that is held back")
+
+    for name in ("items", "values", "__iter__", "keys"):
+        monkeypatch.setattr(type(space.snapshot.rejected), name, walked, raising=False)
+    space.apply(batch_of(7, {"a": 3, "b": 1}))
+    assert space.entry_count == count + 1
+    assert space.snapshot.digest != digest
+    assert space.snapshot["a"] == 3

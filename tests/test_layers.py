@@ -22,7 +22,7 @@ CORE: Final = "veltrix_mw"
 # Lowest first. A module imports from its own rank (without a cycle) and from those before it. A name stands for
 # the module and all below it.
 RANKS: Final[tuple[frozenset[str], ...]] = (
-    frozenset({"errors", "version", "forking", "keys", "values", "telemetry"}),
+    frozenset({"errors", "version", "faults", "forking", "keys", "pinning", "values", "telemetry"}),
     frozenset({"sorted_map", "snapshot"}),
     frozenset({"operations", "protocols", "settings"}),
     frozenset({"coalesce"}),
@@ -39,6 +39,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "current",
             "status",
             "awaiting",
+            "waiters",
             "client",
             "request_layers",
             "wsgi",
@@ -51,7 +52,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
 )
 
 # What the integrations, cli and admin may import from the core: names in the `__all__` of these.
-PUBLIC: Final = frozenset({CORE, f"{CORE}.asgi", f"{CORE}.wsgi", f"{CORE}.testing", f"{CORE}.cli"})
+PUBLIC: Final = frozenset({CORE, *(f"{CORE}.{name}" for name in ("asgi", "wsgi", "request_layers", "testing", "cli"))})
 USERS: Final = (f"{CORE}.cli", f"{CORE}.admin", "flask_veltrix", "django_veltrix", "starlette_veltrix")
 
 # Who may import what is not the core's to depend on.

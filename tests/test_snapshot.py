@@ -84,7 +84,13 @@ def test_what_is_no_str_is_absent_as_it_is_from_any_mapping(key: Any) -> None:
 def test_a_key_held_back_without_a_good_value_does_not_look_absent() -> None:
     rejected = {"bad": Rejection(8, "expected int"), "gone": Rejection(8, "expected int", deleted=True)}
     snapshot = held({"a": (1, 4)}, revision=9, rejected=rejected)
-    for read in (snapshot.__getitem__, snapshot.entry, snapshot.get, lambda key: snapshot.get(key, 7)):
+    for read in (
+        snapshot.__getitem__,
+        snapshot.entry,
+        snapshot.get,
+        snapshot.__contains__,
+        lambda key: snapshot.get(key, 7),
+    ):
         with pytest.raises(HeldBack, match=r"'bad' is held back: revision 8 was rejected \(expected int\)"):
             read("bad")
     # What the authority does not have either is absent.
@@ -92,6 +98,8 @@ def test_a_key_held_back_without_a_good_value_does_not_look_absent() -> None:
         snapshot["gone"]
     assert not isinstance(raised.value, HeldBack)
     assert snapshot.get("gone", 7) == 7
+    assert "gone" not in snapshot
+    assert "a" in snapshot
 
 
 def test_a_key_held_back_serves_its_last_good_value() -> None:

@@ -41,6 +41,7 @@ INSTRUMENTS = {
     "veltrix.propagation.duration": "s",
     "veltrix.views": "{view}",
     "veltrix.rejected": "{change}",
+    "veltrix.layers.dropped": "{layer}",
     "veltrix.reconnects": "{reconnect}",
     "veltrix.snapshot.age": "s",
     "veltrix.snapshot.revision": "{revision}",
@@ -127,6 +128,7 @@ class Client:
     views: int = 0
     reconnects: int = 0
     rejections: int = 0
+    dropped_layers: int = 0
     now: Observed | Exception = CONFIRMED
 
     def observe(self) -> Observed:
@@ -497,12 +499,13 @@ def test_a_cancelled_write_is_ended_and_no_error(sdk: Sdk) -> None:
 
 
 def test_a_clients_numbers_are_exported_with_its_namespace_alone(sdk: Sdk) -> None:
-    client = Client(views=10, reconnects=2, rejections=1)
+    client = Client(views=10, reconnects=2, rejections=1, dropped_layers=3)
     sdk.telemetry().observe(client)
     at = of("shop")
     assert {name: sdk.points(name) for name in INSTRUMENTS if not name.endswith("duration")} == {
         "veltrix.views": {at: 10},
         "veltrix.rejected": {at: 1},
+        "veltrix.layers.dropped": {at: 3},
         "veltrix.reconnects": {at: 2},
         "veltrix.snapshot.age": {at: 1.5},
         "veltrix.snapshot.revision": {at: 41},
@@ -596,6 +599,7 @@ def test_every_instrument_has_its_unit_and_buckets(sdk: Sdk) -> None:
     assert {name for name, metric in metrics.items() if getattr(metric.data, "is_monotonic", False)} == {
         "veltrix.views",
         "veltrix.rejected",
+        "veltrix.layers.dropped",
         "veltrix.reconnects",
     }
     assert all(metric.description for metric in metrics.values())
@@ -690,7 +694,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from veltrix_mw.telemetry import Observed, Telemetry
 
 class Client:
-    reconnects = rejections = 0
+    reconnects = rejections = dropped_layers = 0
     def __init__(self, namespace, views):
         self.namespace, self.views = namespace, views
     def observe(self):
@@ -789,7 +793,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from veltrix_mw.telemetry import Observed, Telemetry
 
 class Client:
-    namespace, views, reconnects, rejections = "shop", 0, 0, 0
+    namespace, views, reconnects, rejections, dropped_layers = "shop", 0, 0, 0, 0
     def observe(self):
         return Observed(1.0, 1, 1)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import signal
 import threading
 import unittest
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
@@ -20,6 +23,7 @@ from veltrix_mw import (
     NoCurrentView,
     current_view,
     override_config,
+    overrides,
     testing,
 )
 
@@ -466,3 +470,33 @@ def test_a_class_decorated_twice_is_decorated_from_the_outside_in() -> None:
             return seen(), seen("outer")
 
     assert It().test_it() == (2, 1)
+
+
+def test_a_child_forked_while_another_thread_overrides_can_override_and_make_clients() -> None:
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with overrides._process_lock:
+            held.set()
+            release.wait(WITHIN_S)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(WITHIN_S)
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of forks beside threads: that is the test
+        pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(int(WITHIN_S))  # ends a child that waits for ever
+            with override_config({"k": 1}):
+                os.write(writing, str(ConfigClient("memory://").view()["k"]).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert pipe.read() == "1"
+    os.waitpid(pid, 0)
+    release.set()
+    holder.join()

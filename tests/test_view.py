@@ -11,6 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from veltrix_mw import (
     HeldBack,
@@ -27,6 +30,7 @@ from veltrix_mw import (
 from veltrix_mw.current import Pinned
 from veltrix_mw.snapshot import Proof, Rejection, Snapshot
 from veltrix_mw.sorted_map import SortedMap
+from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import MISSING, freeze
 from veltrix_mw.views import Views
 
@@ -242,7 +246,7 @@ def test_derive_computes_once_per_change_of_the_keys_it_read() -> None:
     calls = []
 
     def total(view: View) -> int:
-        calls.append(view.revision)
+        calls.append(view["a"])
         return view["a"] + view.get("b", 0) + (100 if "c" in view else 0)
 
     views = views_of({"a": 1, "x": 1})
@@ -427,3 +431,184 @@ def test_reading_never_mixes_two_snapshots_while_they_are_published() -> None:
 def test_missing_is_falsy_and_is_never_a_value() -> None:
     assert not MISSING
     assert repr(MISSING) == "MISSING"
+
+
+@pytest.mark.parametrize("taken", [lambda views: views.view(("t/",)), lambda views: views.view((), {"t/own": 1})])
+def test_what_views_of_invented_layers_keep_is_bounded(taken: Any) -> None:
+    views = views_of({f"big/k{number:05}": number for number in range(5000)})
+    view = taken(views)
+
+    def total(view: View) -> int:
+        return sum(view.section("big/").values()) + len(view)
+
+    assert view.derive(total) == sum(range(5000)) + len(view)
+    assert view.section("big/")["k00007"] == 7
+    assert len(list(view)) == len(view)
+    assert len(view.bind(dict, "big/")) == 5000
+    for number in range(100):
+        assert len(view.section(f"big/k{number:03}".removesuffix("0") + "/")) == 0
+        assert len(view.section("big/")) == 5000
+    assert view._keys is None
+    assert sum(len(section) for section in view._sections.values()) <= 256
+    assert all(derived.size <= 256 for derived in (*view._derived.values(), *views.derived._kept.values()))
+    base = views.view()
+    assert base.section("big/") is base.section("big/")
+
+
+def test_what_a_layered_view_derived_from_much_is_shared_by_its_requests_and_made_anew_for_a_later_snapshot() -> None:
+    calls = []
+
+    def total(view: View) -> int:
+        calls.append(1)
+        return sum(view.section("n/").values())
+
+    values = {f"n/k{number:05}": 1 for number in range(1000)}
+    views = views_of(values)
+    assert [views.view(("t/",)).derive(total) for _ in range(3)] == [1000] * 3
+    assert len(calls) == 1
+    views.publish(snapshot({**values, "n/k00001": 5}, revision=2), frozenset({"n/k00001"}))
+    assert views.view(("t/",)).derive(total) == 1004
+    assert views.view(("t/",), {"n/k00002": 7}).derive(total) == 1010
+
+
+def test_before_the_first_list_a_section_of_defaults_knows_no_other_key() -> None:
+    views = Views(defaults={"d/a": 1}, trouble=lambda: "the store is away")
+    view = views.view((), {"o/b": 2})
+    for section, key in ((view.section("d/"), "a"), (view.section("o/"), "b")):
+        assert key in section
+        assert section[key] == section.get(key)
+        for read in (
+            lambda section=section: section["x"],
+            lambda section=section: section.get("x", 1),
+            lambda section=section: "x" in section,
+            lambda section=section: view.bind(dict, section.prefix),
+            lambda: view.section("x/"),
+        ):
+            with pytest.raises(NotReady, match="the store is away"):
+                read()
+    assert view.bind(int, "d/a") == 1
+    views.publish(snapshot({}), None)
+    assert "x" not in views.view().section("d/")
+    assert views.view().bind(dict, "d/") == {"a": 1}
+
+
+def test_what_derive_fell_back_to_while_a_read_failed_does_not_outlive_the_failure() -> None:
+    def limit(view: View) -> int:
+        try:
+            return view["a"]
+        except (HeldBack, NotReady):
+            return -1
+
+    views = Views()
+    assert views.view().derive(limit) == -1
+    views.publish(snapshot({}, rejected={"a": Rejection(1, "not JSON")}), None)
+    assert views.view().derive(limit) == -1
+    views.publish(snapshot({"a": 2}, revision=2), frozenset({"a"}))
+    assert views.view().derive(limit) == 2
+
+
+def test_a_renewed_view_keeps_its_own_overrides_and_takes_the_process_s_as_they_are_now() -> None:
+    views = views_of({"k": 1, "own": 1})
+    with override_config({"k": 5, "own": 6}):
+        plain, layered, own = views.view(), views.view(("t/",)), views.view((), {"own": 7})
+        assert own["own"] == 6
+        assert [view.renew()["k"] for view in (plain, layered, own)] == [5, 5, 5]
+    assert [view.renew()["k"] for view in (plain, layered, own)] == [1, 1, 1]
+    assert own.renew()["own"] == own.renew().renew()["own"] == 7
+    with override_config({"k": 8}):
+        assert [view.renew()["k"] for view in (plain, layered, own)] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("level", ["requests", "lookups"])
+def test_a_renewed_counting_view_counts_on(level: Any) -> None:
+    views = views_of({"k": 1}, telemetry=Telemetry(level))
+    counting = views.counting(views.view())
+    assert counting["k"] == 1
+    views.publish(snapshot({"k": 2}, revision=2), None)
+    renewed = counting.renew()
+    assert type(renewed) is type(counting)
+    assert renewed["k"] == 2
+    assert next(iter(renewed)) == "k"
+    assert counting._count == renewed._count == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("what", ["revision", "origin", "incarnation", "age_s", "stale"])
+def test_what_derive_read_of_the_snapshot_itself_holds_for_that_snapshot_alone(what: str) -> None:
+    calls = []
+
+    def read(view: View) -> Any:
+        calls.append(1)
+        return getattr(view, what)
+
+    def outer(view: View) -> Any:
+        return view.derive(read)
+
+    views = views_of({"k": 1})
+    for fn in (read, outer):
+        assert views.view().derive(fn) == views.view().derive(fn)
+    assert len(calls) == 1
+    views.publish(snapshot({"k": 1}, revision=2), frozenset())
+    assert views.view().derive(outer) == getattr(views.view(), what) or what in {"age_s"}
+    assert len(calls) == 2
+
+
+def test_what_derive_reads_by_way_of_the_current_view_is_tracked() -> None:
+    def doubled(view: View) -> int:
+        return 2 * current_view()["k"]
+
+    views = views_of({"k": 1})
+    with Pinned(views.view()):
+        assert views.view().derive(doubled) == 2
+    assert views.view().derive(doubled) == 2
+    views.publish(snapshot({"k": 5}, revision=2), frozenset({"k"}))
+    with Pinned(views.view()) as pinned:
+        assert pinned.derive(doubled) == 10
+        assert current_view() is pinned
+    with pytest.raises(NoCurrentView):
+        current_view()
+
+
+def test_deriving_leaves_the_current_view_of_another_client_alone() -> None:
+    other = views_of({"k": 7})
+    with Pinned(other.view()):
+        assert views_of({"k": 1}).view().derive(lambda view: (view["k"], current_view()["k"])) == (1, 7)
+
+
+def test_at_level_lookups_membership_sections_and_iteration_have_a_span_too() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    views = views_of({"a/k": 1}, telemetry=Telemetry("lookups", tracer_provider=provider))
+    counting = views.counting(views.view())
+    assert "a/k" in counting
+    assert "b" not in counting
+    assert 7 not in counting
+    assert dict(counting.section("a/")) == {"k": 1}
+    assert next(iter(counting)) == "a/k"
+    spans = [span.attributes or {} for span in exporter.get_finished_spans()]
+    told = [(span["veltrix.key"], span["veltrix.result"]) for span in spans]
+    assert told == [("a/k", "hit"), ("b", "miss"), ("a/", "hit"), ("", "hit")]
+
+
+def test_of_a_key_held_back_in_two_layers_the_first_is_named() -> None:
+    views = Views(layers=("env/",))
+    held = {key: Rejection(3, "not JSON") for key in ("p/bad", "env/p/bad", "p/gone", "pq/other", "t/p/bad", "x")}
+    held["p/gone"] = Rejection(3, "not JSON", deleted=True)
+    views.publish(snapshot({"p/good": 1}, rejected=held), None)
+    for layers, first in (((), "env/p/bad"), (("t/",), "t/p/bad")):
+        section = views.view(layers).section("p/")
+        with pytest.raises(HeldBack, match=f"'{first}'"):
+            section["bad"]
+        assert "gone" not in section
+
+
+def test_telling_what_a_request_cost_reads_nothing() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    unready = Views(telemetry=Telemetry("requests", tracer_provider=provider))
+    with provider.get_tracer("test").start_as_current_span("request"), Pinned(unready.view()):
+        pass
+    (span,) = exporter.get_finished_spans()
+    assert span.attributes is not None
+    assert span.attributes["veltrix.lookup.count"] == 0

@@ -15,6 +15,11 @@ from wsgiref.util import FileWrapper, setup_testing_defaults
 from wsgiref.validate import validator
 
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.support.waiting import wait_until
 from veltrix_mw import (
@@ -506,6 +511,9 @@ def test_an_invalid_layer_can_be_dropped_and_the_valid_ones_stay(client: ConfigC
     client.wait_for(client.put("tenants/acme/checkout/max_items", 7))
     wrapped = ConfigMiddleware(as_list, client=client, layers=by_header, on_invalid_layer="ignore")
     assert run(wrapped, request(HTTP_X_LAYER="../,tenants/acme/")) == [b"7", b"7"]
+    assert client.dropped_layers == 1
+    run(wrapped, request(HTTP_X_LAYER="../,x,tenants/acme/"))
+    assert client.dropped_layers == 3
 
 
 def test_an_unknown_layer_policy_is_refused(client: ConfigClient) -> None:
@@ -565,6 +573,145 @@ def test_an_app_that_raises_under_a_nested_client_leaves_the_outer_view(client: 
             return as_list(environ, start_response)
 
         assert run(ConfigMiddleware(between, client=client), environ) == [b"41", b"41"]
+
+
+@pytest.fixture
+def layered(client: ConfigClient) -> ConfigClient:
+    """Regions are the outer layers, tenants the inner ones."""
+    settings = {"regions/eu/checkout/max_items": 5, "regions/eu/both": "eu", "tenants/acme/both": "acme"}
+    client.wait_for(client.write([Put(key, value) for key, value in settings.items()]))
+    return client
+
+
+def eu(environ: Environ) -> list[str]:
+    return ["regions/eu/"]
+
+
+def acme(environ: Environ) -> list[str]:
+    return ["tenants/acme/"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_inner_layers_lie_over_outer_ones_at_one_revision_and_for_the_inner_part_alone(
+    layered: ConfigClient, streamed: bool
+) -> None:
+    client, seen = layered, list[Any]()
+
+    def note() -> Any:
+        assert environ[VIEW_KEY] is current_view()
+        return current_view()["checkout/max_items"], current_view()["both"]
+
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        start_response("200 OK", TEXT)
+        parts = (b"%d %s" % (note()[0], note()[1].encode()) for _ in range(2))
+        return parts if streamed else list(parts)
+
+    inner = ConfigMiddleware(app, client=client, layers=acme)
+
+    def between(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        seen.append(note())
+        client.wait_for(client.write([Put("regions/eu/checkout/max_items", 6), Put("tenants/acme/both", "new")]))
+        body: Any = inner(environ, start_response)
+        parts = list(body)
+        if streamed:
+            body.close()
+        seen.append(note())
+        return parts
+
+    environ = request()
+    assert run(ConfigMiddleware(between, client=client, layers=eu), environ) == [b"5 acme", b"5 acme"]
+    assert seen == [(5, "eu"), (5, "eu")]
+
+
+def test_inner_layers_that_the_outer_middleware_laid_already_change_nothing(layered: ConfigClient) -> None:
+    seen: list[View] = []
+
+    def app(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        seen.append(current_view())
+        return empty(environ, start_response)
+
+    def between(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        seen.append(current_view())
+        return inner(environ, start_response)
+
+    inner = ConfigMiddleware(app, client=layered, layers=acme)
+    run(ConfigMiddleware(between, client=layered, layers=acme))
+    assert seen[0] is seen[1]
+
+
+def test_an_inner_layer_that_is_no_prefix_is_answered_400_and_the_outer_part_keeps_its_view(
+    layered: ConfigClient,
+) -> None:
+    inner = ConfigMiddleware(_raising("call", AssertionError("the app ran")), client=layered, layers=lambda _: ["../"])
+
+    def between(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        body = inner(environ, start_response)
+        assert environ[VIEW_KEY] is current_view()
+        assert current_view()["both"] == "eu"
+        return body
+
+    server = Server()
+    server.run(ConfigMiddleware(between, client=layered, layers=eu), request())
+    assert server.status == "400 Bad Request"
+
+
+def test_an_inner_app_that_raises_below_its_own_layers_leaves_the_outer_view(layered: ConfigClient) -> None:
+    inner = ConfigMiddleware(_raising("call", RuntimeError("the app's own")), client=layered, layers=acme)
+
+    def between(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        with pytest.raises(RuntimeError):
+            inner(environ, start_response)
+        assert environ[VIEW_KEY] is current_view()
+        assert current_view()["both"] == "eu"
+        return empty(environ, start_response)
+
+    run(ConfigMiddleware(between, client=layered, layers=eu))
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_an_inner_middleware_sends_its_header_and_an_outer_one_does_not_repeat_it(
+    client: ConfigClient, outer: bool
+) -> None:
+    server = Server()
+    inner = ConfigMiddleware(as_generator, client=client, revision_header=True)
+    assert server.run(ConfigMiddleware(inner, client=client, revision_header=outer), request()) == [b"41", b"41"]
+    assert server.headers == [*TEXT, ("X-Config-Revision", str(client.snapshot.revision))]
+
+
+@pytest.mark.parametrize("app", SHAPES)
+@pytest.mark.parametrize(
+    "options", [{}, {"layers": acme}, {"revision_header": True}], ids=["plain", "layers", "header"]
+)
+def test_an_environ_that_is_sent_again_is_a_new_request(client: ConfigClient, app: App, options: Any) -> None:
+    wrapped = ConfigMiddleware(app, client=client, **options)
+    environ = request()
+    assert run(wrapped, environ) == [b"41", b"41"]
+    client.wait_for(client.put("checkout/max_items", 80))
+    assert run(wrapped, environ) == [b"80", b"80"]
+    with pytest.raises(NoCurrentView):
+        current_view()
+
+
+def test_the_reads_of_an_inner_middleware_are_the_requests_reads_told_once() -> None:
+    exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
+    tracers, meters = TracerProvider(), MeterProvider([reader])
+    tracers.add_span_processor(SimpleSpanProcessor(exporter))
+    with ConfigClient("memory://", tracer_provider=tracers, meter_provider=meters) as client:
+        client.wait_for(client.put("checkout/max_items", 41))
+        inner = ConfigMiddleware(as_generator, client=client, layers=acme)
+
+        def between(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+            read()
+            return inner(environ, start_response)
+
+        with tracers.get_tracer("server").start_as_current_span("request"):
+            run(ConfigMiddleware(between, client=client))
+        (span,) = [span for span in exporter.get_finished_spans() if span.name == "request"]
+        assert (span.attributes or {})["veltrix.lookup.count"] == 3
+        data: Any = reader.get_metrics_data()
+        found = {metric.name: metric for metric in data.resource_metrics[0].scope_metrics[0].metrics}
+        assert [point.count for point in found["veltrix.lookup.duration"].data.data_points] == [1]
+    meters.shutdown()
 
 
 # Threads

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from inspect import isawaitable
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.http import HttpRequest, HttpResponseBadRequest
@@ -16,14 +16,10 @@ from django.http.response import HttpResponseBase
 from django_veltrix.project import Project, current_project
 from django_veltrix.streaming import carry, is_streamed
 from veltrix_mw import InvalidKey, NoCurrentView, Pinned, SettingsError, View, current_view
+from veltrix_mw.request_layers import BAD_LAYER
+from veltrix_mw.wsgi import VIEW_KEY
 
 __all__ = ["ConfigMiddleware"]
-
-_BAD_LAYER: Final = "the request names a config layer that is not valid"
-"""What the client is told; never the layer itself."""
-
-_OUTER: Final = "veltrix.view"
-"""Where the core's own middleware leaves its view: in the WSGI environ, in the ASGI scope."""
 
 
 class ConfigMiddleware:
@@ -126,33 +122,22 @@ async def _awaited(layers: Awaitable[Any]) -> Any:
 def _pin(project: Project, request: HttpRequest, layers: Any) -> Pinned | None:
     """The request's pin with its layers, or None if one of them is invalid and is to be refused."""
     view = project.client.view()
-    if _OUTER in getattr(request, "scope", request.META):
+    if VIEW_KEY in getattr(request, "scope", request.META):
         # A WSGI or ASGI middleware around Django has pinned this request: it is to see one revision.
         view = Pinned.prefer_current(view)
     pinned = Pinned(view)
     if layers:
         if isinstance(layers, str):
             raise SettingsError("settings.VELTRIX['REQUEST_LAYERS'] gives a list of prefixes, like ['tenants/acme/']")
-        layers = tuple(layers)
         try:
-            pinned.lay(layers)
+            pinned.lay(tuple(layers), on_invalid_layer="ignore" if project.ignore_invalid_layer else "reject")
         except InvalidKey:
-            if not project.ignore_invalid_layer:
-                return None
-            pinned.lay([layer for layer in layers if _is_layer(project, layer)])
+            return None
     return pinned
 
 
-def _is_layer(project: Project, layer: str) -> bool:
-    try:
-        project.client.view((layer,))
-    except InvalidKey:
-        return False
-    return True
-
-
 def _refusal() -> HttpResponseBase:
-    return HttpResponseBadRequest(_BAD_LAYER, content_type="text/plain; charset=utf-8")
+    return HttpResponseBadRequest(BAD_LAYER, content_type="text/plain; charset=utf-8")
 
 
 def _finish(response: HttpResponseBase, pinned: Pinned, project: Project) -> HttpResponseBase:

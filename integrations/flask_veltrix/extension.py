@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from flask import Flask
 
-from flask_veltrix.pins import InvalidLayerPolicy, Layers, Pins
+from flask_veltrix.pins import Layers, Pins
 from flask_veltrix.settings import chosen_client
 from flask_veltrix.templates import add_to_templates
 from veltrix_mw import ConfigClient, SettingsError
+from veltrix_mw.request_layers import InvalidLayerPolicy, checked_policy
 
 __all__ = ["Veltrix"]
 
@@ -41,15 +42,13 @@ class Veltrix:
         layers: Layers | None = None,
         on_invalid_layer: InvalidLayerPolicy = "reject",
     ) -> None:
-        if on_invalid_layer not in {"reject", "ignore"}:
-            raise SettingsError(f"on_invalid_layer is 'reject' or 'ignore', not {on_invalid_layer!r}")
         if layers is not None and not callable(layers):
             raise SettingsError(
                 "layers= is a function of the request; prefixes that every request has are VELTRIX_LAYERS"
             )
         self._client = client
         self._layers = layers
-        self._on_invalid_layer: InvalidLayerPolicy = on_invalid_layer
+        self._on_invalid_layer: InvalidLayerPolicy = checked_policy(on_invalid_layer)
         if app is not None:
             self.init_app(app)
 

@@ -7,7 +7,7 @@ twice, in another thread, or never.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, Final, Literal
@@ -26,24 +26,23 @@ from flask import (
 from werkzeug.exceptions import BadRequest
 
 from veltrix_mw import ConfigClient, InvalidKey, Pinned, SettingsError, View
-from veltrix_mw.wsgi import ConfigMiddleware
+from veltrix_mw.request_layers import BAD_LAYER, InvalidLayerPolicy
+from veltrix_mw.wsgi import VIEW_KEY, ConfigMiddleware, carried_body
 
-__all__ = ["InvalidLayerPolicy", "Layers", "Pins"]
+__all__ = ["Layers", "Pins"]
 
 Layers = Callable[[Request], Iterable[str]]
-InvalidLayerPolicy = Literal["reject", "ignore"]
 
 _Environ = dict[str, Any]
 _App = Callable[[_Environ, Any], Iterable[bytes]]
 
-_VIEW_KEY: Final = "veltrix.view"
 _TRACER: Final = "opentelemetry."  # the modules whose before_request functions begin the request's span
 
 
 class _InvalidLayer(BadRequest):
     """The request's layer is no prefix; answered before the app's own functions run. Never shows the layer."""
 
-    description = "the request names a config layer that is not valid"
+    description = BAD_LAYER
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +75,7 @@ class Pins:
         self._url = url
         self._app = app
         self._layers = layers
-        self._on_invalid_layer = on_invalid_layer
+        self._on_invalid_layer: InvalidLayerPolicy = on_invalid_layer
         self._key = f"flask_veltrix.{id(self):x}"  # an environ may pass through several apps
         self._placed = False
 
@@ -147,27 +146,17 @@ class Pins:
         layers = self._layers(request._get_current_object())  # type: ignore[attr-defined]
         if isinstance(layers, str):
             raise SettingsError("layers= returns a sequence of prefixes, for example ['tenants/acme/'], not a str")
-        wanted = tuple(layers)
         try:
-            pinned.lay(wanted)
+            pinned.lay(tuple(layers), on_invalid_layer=self._on_invalid_layer)
         except InvalidKey as exc:
-            if self._on_invalid_layer == "reject":
-                raise _InvalidLayer from exc
-            pinned.lay(tuple(layer for layer in wanted if self._is_prefix(layer)))
-
-    def _is_prefix(self, layer: str) -> bool:
-        try:
-            self.client.view(layers=(layer,))
-        except InvalidKey:
-            return False
-        return True
+            raise _InvalidLayer from exc
 
     # Flask's hooks
 
     def begin_serving(self, environ: _Environ) -> Pinned:
         """The pin of a request that comes in through `wsgi_app`, which leaves and reports it."""
         self._place_once()
-        pinned = Pinned(environ[_VIEW_KEY])
+        pinned = Pinned(environ[VIEW_KEY])
         environ[self._key] = _Held(pinned, served=True)
         return pinned
 
@@ -192,7 +181,7 @@ class Pins:
                 self._show(environ, held.pinned.view)
 
     def _show(self, environ: _Environ, view: View) -> None:
-        environ[_VIEW_KEY] = g.config = view
+        environ[VIEW_KEY] = g.config = view
 
     def _annotate(self, _sender: Flask, **_details: object) -> None:
         held: _Held | None = request.environ.get(self._key)
@@ -248,67 +237,19 @@ class _PinnedApp:
     def __call__(self, environ: _Environ, start_response: Any) -> Iterable[bytes]:
         pinned = self._pins.begin_serving(environ)
         first = pinned.view
+
+        def end() -> None:
+            environ[VIEW_KEY] = first  # what further out knows as its own
+            pinned.report()
+
         pinned.__enter__()
         try:
             body = self._app(environ, start_response)
         except BaseException:
-            pinned.report()
+            end()
             raise
         finally:
             pinned.leave()
         if pinned.view is first:
             return body  # ConfigMiddleware's own view: it sees to the body
-        if _is_complete(body, environ):
-            pinned.report()
-            return body
-        return (_SizedBody if hasattr(body, "__len__") else _Body)(body, pinned)
-
-
-def _is_complete(body: Iterable[bytes], environ: _Environ) -> bool:
-    """Whether the body reads no config any more; a server must get its own file wrapper back untouched."""
-    if type(body) in {list, tuple} or hasattr(body, "read"):
-        return True
-    wrapper = environ.get("wsgi.file_wrapper")
-    return isinstance(wrapper, type) and isinstance(body, wrapper)
-
-
-class _Body:
-    """A response body each step of which runs with the request's view as the current one, in whatever context."""
-
-    __slots__ = ("_body", "_iterator", "_pinned")
-
-    def __init__(self, body: Iterable[bytes], pinned: Pinned) -> None:
-        self._body = body
-        self._iterator: Iterator[bytes] | None = None
-        self._pinned = pinned
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        self._pinned.__enter__()
-        try:
-            if self._iterator is None:
-                self._iterator = iter(self._body)
-            return next(self._iterator)
-        finally:
-            self._pinned.leave()
-
-    def close(self) -> None:
-        self._pinned.__enter__()
-        try:
-            close = getattr(self._body, "close", None)
-            if close is not None:
-                close()
-        finally:
-            self._pinned.leave()
-            self._pinned.report()
-
-
-class _SizedBody(_Body):
-    """A body that knows its number of parts: servers derive Content-Length from a single one."""
-
-    __slots__ = ()
-
-    def __len__(self) -> int:
-        return len(self._body)  # type: ignore[arg-type]
+        return carried_body(body, environ, pinned.view, end)

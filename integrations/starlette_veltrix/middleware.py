@@ -6,11 +6,12 @@ Owns where the client comes from; all that happens to a request is `veltrix_mw.a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from starlette.types import ASGIApp, Scope
 
 from veltrix_mw import ConfigClient, SettingsError, asgi
+from veltrix_mw.request_layers import InvalidLayerPolicy
 
 __all__ = ["ConfigMiddleware"]
 
@@ -46,7 +47,7 @@ class ConfigMiddleware(asgi.ConfigMiddleware):
         layers: Callable[[Scope], Sequence[str]] | None = None,
         attribute: str = "config",
         revision_header: bool = False,
-        on_invalid_layer: Literal["reject", "ignore"] = "reject",
+        on_invalid_layer: InvalidLayerPolicy = "reject",
         **settings: Any,
     ) -> None:
         super().__init__(

@@ -5,6 +5,7 @@ Owns the ASGI side of a request's view and of the client's lifetime; knows no fr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,9 +13,16 @@ from opentelemetry.context import get_current
 
 from veltrix_mw.awaiting import in_thread
 from veltrix_mw.client import ConfigClient
-from veltrix_mw.current import _current, report
+from veltrix_mw.current import Pinned, report
 from veltrix_mw.errors import InvalidKey, SettingsError
-from veltrix_mw.request_layers import BAD_LAYER, InvalidLayerPolicy, checked_policy, requested_view
+from veltrix_mw.pinning import pinned_view as _current
+from veltrix_mw.request_layers import (
+    BAD_LAYER,
+    InvalidLayerPolicy,
+    checked_policy,
+    requested_layers,
+    requested_view,
+)
 from veltrix_mw.values import MISSING
 from veltrix_mw.view import CountingView, View
 
@@ -34,6 +42,11 @@ VIEW_KEY: Final = "veltrix.view"
 
 _PINNED: Final = frozenset({"http", "websocket"})
 _LAST: Final = frozenset({"http.response.trailers", "http.response.pathsend"})  # that end a response, beside a body
+
+_UNKNOWN_SCOPE: Final = frozenset({ValueError, AssertionError, KeyError, NotImplementedError, TypeError})
+"""What apps that know no lifespan raise: Django, Channels and asgiref a ValueError; by hand, `assert` and lookups."""
+
+_log = logging.getLogger("veltrix_mw")
 
 
 class ConfigMiddleware:
@@ -83,7 +96,7 @@ class ConfigMiddleware:
             handler = _Lifespan(self.app, self.client) if kind == "lifespan" else self.app
             await handler(scope, receive, send)
             return
-        outer = scope.get(VIEW_KEY)
+        outer: View | None = scope.get(VIEW_KEY)
         if outer is None and self._plain:
             # As in `wsgi`: `client.view()`, written out, and a look at the process id now and then.
             views = self._views
@@ -92,8 +105,9 @@ class ConfigMiddleware:
                 views.ensure_running()
             view = views.base
         else:
-            if outer is not None and outer._views is self._views:
-                await self.app(scope, receive, send)  # wrapped twice, or mounted in an app that is wrapped
+            # A view that is not the current one was left by a request that this scope was sent for before.
+            if outer is not None and _current.get(None) is outer:
+                await self._call_inside(outer, scope, receive, send)
                 return
             if not self._plain:
                 await self._start()
@@ -111,7 +125,6 @@ class ConfigMiddleware:
                 send = _annotating(send, span, counting)
         # In place: a copied scope would hide what inner parts add to it (`route`) from outer middleware.
         state = scope.setdefault("state", {})
-        shadowed = MISSING if outer is None else state.get(self._attribute, MISSING)
         state[self._attribute] = scope[VIEW_KEY] = view
         token = _current.set(view)
         try:
@@ -123,13 +136,43 @@ class ConfigMiddleware:
                 pass  # closed by the garbage collector, in another context: there is nothing to undo
             if span is not None:
                 report(span, view)
-            if outer is not None:
-                # Another client's middleware further out: its request goes on with its own view.
-                scope[VIEW_KEY] = outer
-                if shadowed is MISSING:
-                    del state[self._attribute]
-                else:
-                    state[self._attribute] = shadowed
+
+    async def _call_inside(self, outer: View, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request that is pinned further out, to `outer`: wrapped twice, or mounted in an app that is wrapped.
+
+        Of the same client it keeps its revision, and gets what is asked for here on top. Further out, all stays as it
+        was.
+        """
+        same = outer._views is self._views
+        state = scope.setdefault("state", {})
+        shadowed = state.get(self._attribute, MISSING)
+        if same and self._layers is None and not self._revision_header and shadowed is outer:
+            await self.app(scope, receive, send)
+            return
+        if not same and not self._plain:
+            await self._start()
+        pinned = Pinned(outer if same else self.client.view())
+        try:
+            if self._layers is not None:
+                pinned.lay(requested_layers(self._layers, scope), on_invalid_layer=self._on_invalid_layer)
+        except InvalidKey:
+            await _refuse(scope, receive, send)
+            return
+        if scope["type"] == "http":
+            if self._revision_header:
+                send = _with_header(send, pinned.view)
+            if pinned._span is not None:
+                send = _before_the_last(send, pinned.annotate)
+        state[self._attribute] = scope[VIEW_KEY] = pinned.view
+        try:
+            with pinned:
+                await self.app(scope, receive, send)
+        finally:
+            scope[VIEW_KEY] = outer
+            if shadowed is MISSING:
+                state.pop(self._attribute, None)
+            else:
+                state[self._attribute] = shadowed
 
     async def _start(self) -> None:
         client = self.client
@@ -143,37 +186,47 @@ class ConfigMiddleware:
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await receive()  # the connect; only then may it be closed
-        await send({"type": "websocket.close", "code": 1008, "reason": BAD_LAYER.decode()})
+        await send({"type": "websocket.close", "code": 1008, "reason": BAD_LAYER})
         return
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(BAD_LAYER))]
+    body = BAD_LAYER.encode()
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": BAD_LAYER})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _with_header(send: Send, view: View) -> Send:
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
-            revision = b"%d" % view.revision
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-config-revision", revision)]}
+            ours, headers = (b"x-config-revision", b"%d" % view.revision), list(message.get("headers", ()))
+            # A middleware further in may have sent it already.
+            if not any((name.lower(), value) == ours for name, value in headers):
+                message = {**message, "headers": [*headers, ours]}
         await send(message)
 
     return sending
 
 
 def _annotating(send: Send, span: Span, view: CountingView) -> Send:
+    def annotate() -> None:
+        view._views.telemetry.annotate_request(
+            span,
+            revision=view.revision,
+            origin=view.origin,
+            stale=view.stale,
+            count=view._count,
+            total_s=view._total_ns / 1e9,
+        )
+
+    return _before_the_last(send, annotate)
+
+
+def _before_the_last(send: Send, annotate: Callable[[], None]) -> Send:
     """Tell the span before the response's last message: OpenTelemetry's instrumentation of ASGI ends it then."""
 
     async def sending(message: Message) -> None:
         kind = message["type"]
         if (kind == "http.response.body" and not message.get("more_body", False)) or kind in _LAST:
-            view._views.telemetry.annotate_request(
-                span,
-                revision=view.revision,
-                origin=view.origin,
-                stale=view.stale,
-                count=view._count,
-                total_s=view._total_ns / 1e9,
-            )
+            annotate()
         await send(message)
 
     return sending
@@ -221,10 +274,10 @@ class _Lifespan:
         try:
             await self._app(scope, receiving, sending)
         except Exception as exc:
-            # Not to know a scope is told by a ValueError (Django, Channels, asgiref), an AssertionError, a KeyError;
-            # an exception class of the app's own is a failure, and the server's to see.
-            if self._spoke or type(exc).__module__ != "builtins":
+            # Exactly these: what is derived from them (a failed decoding, an app's own class) tells of a failure.
+            if self._spoke or type(exc) not in _UNKNOWN_SCOPE:
                 raise
+            _log.info("veltrix.no_lifespan error=%s", type(exc).__name__)
         if self._spoke:
             return
         while (await receive())["type"] != "lifespan.shutdown":

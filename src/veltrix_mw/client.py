@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
@@ -38,6 +37,7 @@ from veltrix_mw.status import Status, TierStatus
 from veltrix_mw.telemetry import Observed, Telemetry
 from veltrix_mw.view import View
 from veltrix_mw.views import Views
+from veltrix_mw.waiters import BEGUN, READY, Waiters
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
@@ -55,6 +55,12 @@ T = TypeVar("T")
 
 CLOSE_S: Final = 2.0
 """The longest `close` takes: servers give a worker some seconds to go."""
+
+OWN_WRITE_S: Final = 1.0
+"""How long the schema check of a write waits for this process's write before: many times what it takes."""
+
+SCHEMA_LIST_S: Final = 5.0
+"""The longest that a write waits for the list its schema check needs, where nothing is followed."""
 
 MAX_AGE_S: Final = 15.0
 """Three confirmation intervals: one may be late, one lost."""
@@ -134,20 +140,21 @@ class ConfigClient:
             self._store, schemas=self._schemas, entries=self._current_entries, telemetry=self._telemetry
         )
         self._subscriptions = Subscriptions()
-        self._lock = threading.Lock()  # protects _waiting, _holders, and that a follower is stopped once
+        # Protects that what a follower publishes is taken only while it is this client's follower.
+        self._lock = threading.Lock()
         self._pid = 0  # the process that the follower runs in; 0: none
         self._follower: Follower | None = None
         self._published: Publication | None = None
-        self._ready: Future[None] = Future()
-        self._begun: Future[None] = Future()  # done when requests need not wait: ready, or waiting would not help
+        self._waiters = Waiters(self._has_reached)
+        self._hopeless = False  # whether waiting for the first list is known not to help
         self._give_up_at_s: float | None = None  # when requests stop waiting for the first list
-        self._waiting: list[tuple[int, Future[None]]] = []
+        self._told_not_ready = False
         self._holders = 0
         self._started_by_caller = False
-        self._told_not_ready = False
+        self._closed = False  # by the caller: only the caller starts it again
         self._caught_up = False  # in uWSGI's master: it lists once and does not follow
-        self.rejections: int = 0
-        self._reconnects_before = 0  # those of followers that are gone
+        self._last_written = 0  # the newest revision that this process wrote
+        self._stats = _Stats(self)
         _clients.add(self)
         _hook_process()
 
@@ -156,22 +163,39 @@ class ConfigClient:
     def start(self) -> None:
         """Begin to follow, in a background thread; returns at once. Idempotent, and again after `close`."""
         self._started_by_caller = True
+        self._closed = False
         self._ensure_running()
 
     def close(self) -> None:
-        """Stop following and close every connection; at most 2 s. Views and snapshots stay readable. Idempotent."""
+        """Stop following and close every connection; at most 2 s. Views and snapshots stay readable. Idempotent.
+
+        Only `start`, `with`, `wait_ready` or a framework's lifespan starts it again.
+        """
+        with _process_lock():
+            self._closed = True
+            self._started_by_caller = False
+            follower = self._detach()
+        self._stop(follower)
+
+    def _detach(self) -> Follower | None:
+        """Let the follower go: from here on nothing that it publishes is taken. Under the process's lock."""
         with self._lock:
             follower, self._follower = self._follower, None
-            inherited = self._pid not in {0, os.getpid()}
-            self._pid = 0
-            self._started_by_caller = False
-            if follower is not None:
-                self._reconnects_before += follower.replica.reconnects
+        inherited = self._pid not in {0, os.getpid()}
+        self._pid = 0
+        if follower is not None:
+            self._stats.reconnects_before += follower.replica.reconnects
+        return None if inherited else follower
+
+    def _stop(self, follower: Follower | None) -> None:
+        """What takes time about closing, without the lock."""
         deadline_s = time.monotonic() + CLOSE_S
-        if follower is not None and not inherited:
+        if follower is not None:
             follower.stop(CLOSE_S * 0.6)
+        if self._follower is not None:
+            return  # somebody has started it again meanwhile
         self._subscriptions.close()
-        if self._disk is not None and not inherited:
+        if self._disk is not None and follower is not None:
             self._disk.close(max(0.1, deadline_s - time.monotonic()))
         self._store.close()
 
@@ -189,50 +213,74 @@ class ConfigClient:
 
         When the last holder lets go, the client is closed, unless the caller started it himself.
         """
-        with self._lock:
+        with _process_lock():
             self._holders += 1
+            self._closed = False
         self._ensure_running()
         released = threading.Event()
 
         def release() -> None:
-            with self._lock:
+            with _process_lock():
                 if released.is_set():
                     return
                 released.set()
                 self._holders -= 1
-                last = self._holders == 0 and not self._started_by_caller
-            if last:
-                self.close()
+                if self._holders > 0 or self._started_by_caller:
+                    return
+                follower = self._detach()
+            self._stop(follower)
 
         return release
 
     def _ensure_running(self) -> None:
         pid = os.getpid()
-        if self._pid == pid:
+        if self._is_settled(pid):
             return
-        # One lock for each process: a forked child finds a new one, whoever held the parent's.
-        with _starting.setdefault(pid, threading.Lock()):
-            if self._pid == pid:
+        with _process_lock():
+            if self._is_settled(pid):
                 return
-            if self._pid != 0:
+            if self._pid not in {0, pid}:
                 self._after_fork_in_child()  # a server whose forks run no hooks, as uWSGI's by default
+            if self._follower is not None:
+                _log.error("veltrix.follower_died: another one begins where it left off")
+                self._detach()
             if _in_uwsgi_master():
                 self._catch_up()
             else:
                 self._start_follower(pid)
+
+    def _is_settled(self, pid: int) -> bool:
+        """Whether there is nothing to start: closed by the caller, or followed in this process."""
+        follower = self._follower
+        return self._closed or (self._pid == pid and follower is not None and follower.alive)
 
     def _catch_up(self) -> None:
         """List once, in this thread, and keep nothing open: uWSGI forks without any hook, thread or lock or not."""
         if self._caught_up:
             return
         self._caught_up = True
-        self._new_follower().catch_up()
-        self._store.close()
+        self._follower = self._new_follower()
+        try:
+            self._follower.catch_up()
+        finally:
+            self._follower = None
+            self._store.close()
 
     def _start_follower(self, pid: int) -> None:
-        self._follower = self._new_follower()
+        if not self.ready:  # a new life: requests wait for its first list again
+            self._hopeless, self._give_up_at_s, self._told_not_ready = False, None, False
+        follower = self._new_follower()
+        with self._lock:
+            self._follower = follower
+        try:
+            follower.start()
+        except RuntimeError:  # no more threads, or the interpreter is ending: the next request tries again
+            with self._lock:
+                self._follower = None
+            _log.warning("veltrix.follower_not_started: no thread could be started; raise the limit on threads")
+            return
         self._pid = pid
-        self._follower.start()
+        self._subscriptions.resume()
 
     def _new_follower(self) -> Follower:
         from veltrix_mw.follower import Follower
@@ -245,7 +293,7 @@ class ConfigClient:
             publish=self._publish,
             failed=self._failed,
             telemetry=self._telemetry,
-            prepare=lambda: self._telemetry.observe(self),
+            prepare=lambda: self._telemetry.observe(self._stats),
             disk=self._disk,
             resumed=self._published,
         )
@@ -253,14 +301,10 @@ class ConfigClient:
     def _after_fork_in_child(self) -> None:
         """The follower's thread stayed in the parent, and so did whoever held a lock."""
         self._lock = threading.Lock()
-        self._waiting = []
-        self._ready, self._begun = Future(), Future()
-        if self._published is not None:
-            self._ready.set_result(None)
-            self._begun.set_result(None)
+        self._waiters.after_fork()
         self._views.after_fork()
         if self._follower is not None:
-            self._reconnects_before += self._follower.replica.reconnects
+            self._stats.reconnects_before += self._follower.replica.reconnects
         self._follower = None
         self._pid = 0
 
@@ -273,17 +317,29 @@ class ConfigClient:
 
     def wait_ready(self, timeout_s: float = 5.0) -> None:
         """Start, and wait until `ready`. Raises `NotReady`, which says why, after `timeout_s`."""
+        self._closed = False
         self._ensure_running()
-        try:
-            self._ready.result(timeout_s)
-        except FutureTimeout:
-            raise self._not_ready(timeout_s) from None
+        with self._waiters.waiting(READY) as waiting:
+            try:
+                waiting.result(timeout_s)
+            except FutureTimeout:
+                raise self._not_ready(timeout_s) from None
 
     async def await_ready(self, timeout_s: float = 5.0) -> None:
         """`wait_ready` without blocking the event loop."""
+        self._closed = False
         self._ensure_running()
-        if not await awaited(self._ready, timeout_s):
-            raise self._not_ready(timeout_s)
+        with self._waiters.waiting(READY) as waiting:
+            if not await awaited(waiting, timeout_s):
+                raise self._not_ready(timeout_s)
+
+    def _has_reached(self, what: int) -> bool:
+        published = self._published
+        if what == READY:
+            return published is not None
+        if what == BEGUN:
+            return published is not None or self._hopeless
+        return published is not None and published.snapshot.origin != "disk" and published.snapshot.revision >= what
 
     def _not_ready(self, timeout_s: float) -> NotReady:
         why = self._trouble()
@@ -294,12 +350,13 @@ class ConfigClient:
         error = None if follower is None else follower.replica.error
         return "" if error is None else str(error)
 
-    def _failed(self, error: StoreError) -> None:
-        """Called by the follower's thread alone."""
+    def _failed(self, follower: Follower, error: StoreError) -> None:
+        """Called by a follower's thread."""
         # What is to be fixed, or made by a first write, is not mended by letting requests wait.
         passing = isinstance(error, (StoreUnavailable, Compacted)) and not isinstance(error, NeverWritten)
-        if not passing and not self._begun.done():
-            self._begun.set_result(None)
+        if not passing and follower is self._follower:
+            self._hopeless = True
+            self._waiters.wake()
 
     def _patience_s(self) -> float:
         """How long a request may still wait for the first list: `start_timeout_s` once, for all of them together."""
@@ -316,15 +373,16 @@ class ConfigClient:
         """
         patience_s = self._patience_s()
         if patience_s > 0:
-            with contextlib.suppress(FutureTimeout):
-                self._begun.result(patience_s)
+            with self._waiters.waiting(BEGUN) as waiting, contextlib.suppress(FutureTimeout):
+                waiting.result(patience_s)
             self._tell_if_not_ready()
 
     async def await_start(self) -> None:
         """`wait_start` without blocking the event loop."""
         patience_s = self._patience_s()
         if patience_s > 0:
-            await awaited(self._begun, patience_s)
+            with self._waiters.waiting(BEGUN) as waiting:
+                await awaited(waiting, patience_s)
             self._tell_if_not_ready()
 
     def _tell_if_not_ready(self) -> None:
@@ -342,7 +400,7 @@ class ConfigClient:
 
     def view(self, layers: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> View:
         """A view pinned to the newest snapshot. Raises `InvalidKey` or `InvalidValue` for what is passed wrongly."""
-        if self._pid != os.getpid():
+        if self._pid != os.getpid() or not self._views.made & 15:
             self._ensure_running()
         return self._views.view(layers, overrides)
 
@@ -370,60 +428,41 @@ class ConfigClient:
     def wait_for(self, revision: int, timeout_s: float = 5.0) -> None:
         """Wait until this process serves `revision` or a later one. Raises `RevisionTimeout` after `timeout_s`."""
         self._ensure_running()
-        waiting = self._wait_at(revision)
-        try:
-            waiting.result(timeout_s)
-        except FutureTimeout:
-            waiting.cancel()
-            raise self._revision_timeout(revision, timeout_s) from None
+        with self._waiters.waiting(revision) as waiting:
+            try:
+                waiting.result(timeout_s)
+            except FutureTimeout:
+                raise self._revision_timeout(revision, timeout_s) from None
 
     async def await_for(self, revision: int, timeout_s: float = 5.0) -> None:
         """`wait_for` without blocking the event loop."""
         self._ensure_running()
-        waiting = self._wait_at(revision)
-        if not await awaited(waiting, timeout_s):
-            raise self._revision_timeout(revision, timeout_s)
-
-    def _wait_at(self, revision: int) -> Future[None]:
-        future: Future[None] = Future()
-        with self._lock:
-            self._waiting = [(at, other) for at, other in self._waiting if not other.done()]
-            self._waiting.append((revision, future))
-        self._wake()
-        return future
+        with self._waiters.waiting(revision) as waiting:
+            if not await awaited(waiting, timeout_s):
+                raise self._revision_timeout(revision, timeout_s)
 
     def _revision_timeout(self, revision: int, timeout_s: float) -> RevisionTimeout:
-        why = self._trouble()
+        why = "the client is closed" if self._closed else self._trouble()
         return RevisionTimeout(
             f"revision {revision} was not applied here within {timeout_s:g} s; this process is at "
-            f"{self.snapshot.revision}" + (f" ({why})" if why else "")
+            f"{self._views.base.revision}" + (f" ({why})" if why else "")
         )
 
-    def _wake(self) -> None:
-        published = self._published
-        if published is None or published.snapshot.origin == "disk":
-            return
-        with self._lock:
-            due = [future for at, future in self._waiting if at <= published.snapshot.revision]
-            if due:
-                self._waiting = [(at, future) for at, future in self._waiting if at > published.snapshot.revision]
-        for future in due:
-            if future.set_running_or_notify_cancel():
-                future.set_result(None)
-
-    def _publish(self, publication: Publication) -> None:
-        """Called by the follower's thread alone."""
+    def _publish(self, follower: Follower, publication: Publication) -> bool:
+        """Called by a follower's thread; whether it was taken."""
         snapshot = publication.snapshot
-        before = self._views.base._snapshot
-        self.rejections += sum(1 for key, why in snapshot.rejected.items() if before.rejected.get(key) != why)
-        self._views.publish(snapshot, publication.changed)
-        self._published = publication  # after: a client that says it is ready has a view that is
-        if not self._ready.done():
-            self._ready.set_result(None)
-        if not self._begun.done():
-            self._begun.set_result(None)
-        self._wake()
-        self._subscriptions.offer(snapshot, publication.changed)
+        with self._lock:
+            if follower is not self._follower:
+                return False  # it was let go while a call of its held it up: what it brings is old
+            before = self._views.base._snapshot
+            if snapshot.rejected is not before.rejected:
+                known = before.rejected
+                self._stats.rejections += sum(1 for key, why in snapshot.rejected.items() if known.get(key) != why)
+            self._views.publish(snapshot, publication.changed)
+            self._published = publication  # after: a client that says it is ready has a view that is
+            self._subscriptions.offer(snapshot, publication.changed)
+        self._waiters.wake()
+        return True
 
     # Writing
 
@@ -464,7 +503,7 @@ class ConfigClient:
         `expected` is the `mod_revision` that the key must have, 0 for "must be absent". Raises `Conflict`,
         `InvalidKey`, `InvalidValue`, `AuthFailed`, `StoreUnavailable` (its fate is unknown: read again).
         """
-        return self._writer.write([Put(key, value, expected)], author=author, reason=reason)
+        return self._wrote(self._writer.write([Put(key, value, expected)], author=author, reason=reason))
 
     @overload
     def delete(self, key: str, *, expected: int | None = None, author: str = "", reason: str = "") -> int: ...
@@ -486,7 +525,7 @@ class ConfigClient:
         Raises `KeyMissing` when it is absent; with `missing_ok` returns None then. Else raises what `put` does.
         """
         try:
-            return self._writer.write([Delete(key, expected)], author=author, reason=reason)
+            return self._wrote(self._writer.write([Delete(key, expected)], author=author, reason=reason))
         except KeyMissing:
             if missing_ok:
                 return None
@@ -494,7 +533,7 @@ class ConfigClient:
 
     def write(self, operations: Iterable[Operation], *, author: str = "", reason: str = "") -> int:
         """Apply `Put`s and `Delete`s as one revision, all or none; returns it. Raises what `put` and `delete` do."""
-        return self._writer.write(operations, author=author, reason=reason)
+        return self._wrote(self._writer.write(operations, author=author, reason=reason))
 
     def history(self, key: str, *, limit: int = 100) -> tuple[Version, ...]:
         """The versions of `key` that the authority keeps, newest first, at most `limit`."""
@@ -505,7 +544,7 @@ class ConfigClient:
 
         Raises `Compacted` when `revision` is no longer kept, `Conflict` when someone wrote meanwhile.
         """
-        return self._writer.rollback(revision, author=author, reason=reason)
+        return self._wrote(self._writer.rollback(revision, author=author, reason=reason))
 
     async def aput(
         self, key: str, value: Any, *, expected: int | None = None, author: str = "", reason: str = ""
@@ -535,15 +574,25 @@ class ConfigClient:
         """`read` without blocking the event loop."""
         return await in_thread(lambda: self.read(keys, revision))
 
+    def _wrote(self, revision: int) -> int:
+        self._last_written = revision
+        return revision
+
     def _current_entries(self) -> Any:
         """What the authority has now, as far as the writer's schema check needs it."""
+        written = self._last_written
+        if self._follower is not None and not self._has_reached(written):
+            # What this process has just written is not here yet; it comes within moments, or the check goes on.
+            with self._waiters.waiting(written) as waiting, contextlib.suppress(FutureTimeout):
+                waiting.result(OWN_WRITE_S)
+            self._last_written = 0  # once is enough: after a restore it may never come
         published = self._published
         if published is not None and published.snapshot.origin != "disk" and self._pid == os.getpid():
             return published.snapshot._entries
         from veltrix_mw.keyspace import Keyspace
 
         keyspace = Keyspace(self._schemas)
-        listing = self._store.list(timeout_s=CLOSE_S * 2)
+        listing = self._store.list(timeout_s=SCHEMA_LIST_S)
         keyspace.restore(listing, incarnation="", origin="", proved_at_s=0.0)
         return keyspace.snapshot._entries
 
@@ -582,22 +631,39 @@ class ConfigClient:
         info = self._store.info
         return f"<ConfigClient {info.url} namespace={info.namespace}>"
 
-    # What the observable instruments read
+    @property
+    def dropped_layers(self) -> int:
+        """How many invalid layers of requests were dropped, where `on_invalid_layer` is `ignore`."""
+        return self._views.dropped
+
+
+class _Stats:
+    """What the observable instruments read of a client: plain numbers, without I/O."""
+
+    def __init__(self, client: ConfigClient) -> None:
+        self._client = client
+        self.rejections = 0
+        self.reconnects_before = 0  # those of followers that are gone
+
+    @property
+    def namespace(self) -> str:
+        return self._client.namespace
 
     @property
     def views(self) -> int:
-        """How many views were taken."""
-        return self._views.made
+        return self._client._views.made
+
+    @property
+    def dropped_layers(self) -> int:
+        return self._client._views.dropped
 
     @property
     def reconnects(self) -> int:
-        """How often the follower had to begin a watch or a list anew."""
-        follower = self._follower
-        return self._reconnects_before + (0 if follower is None else follower.replica.reconnects)
+        follower = self._client._follower
+        return self.reconnects_before + (0 if follower is None else follower.replica.reconnects)
 
     def observe(self) -> Observed:
-        """What is served now."""
-        view = self._views.base
+        view = self._client._views.base
         return Observed(view.age_s, view.revision, len(view._snapshot))
 
 
@@ -630,8 +696,16 @@ def _positive(name: str, value: float) -> float:
 # The process: forks and exits
 
 _clients: WeakSet[ConfigClient] = WeakSet()
-_starting: dict[int, threading.Lock] = {}  # by process id: protects that a client starts one follower
+_process_locks: dict[int, threading.RLock] = {}  # by process id
 _hooked = False
+
+
+def _process_lock() -> threading.RLock:
+    """Protects that a client has one follower, and who holds it.
+
+    One for each process: a forked child finds a new one, whoever held the parent's.
+    """
+    return _process_locks.setdefault(os.getpid(), threading.RLock())
 
 
 def _hook_process() -> None:

@@ -1,6 +1,6 @@
 """The current view: which view a piece of code reads, wherever it runs.
 
-Owns the ContextVar, and the pin that holds it for a request, a task or a script and reports the reads at its end.
+Owns the pin that holds it for a request, a task or a script and reports the reads at its end.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from veltrix_mw.errors import NoCurrentView
 from veltrix_mw.overrides import process_overrides
+from veltrix_mw.pinning import pinned_view
+from veltrix_mw.request_layers import InvalidLayerPolicy, kept_layers
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.view import CountingView, View
 from veltrix_mw.views import Views, checked_layers
@@ -23,7 +25,7 @@ __all__ = ["Pinned", "carry_view", "current_view", "report"]
 
 T = TypeVar("T")
 
-_current: ContextVar[View] = ContextVar("veltrix_view")
+_current: ContextVar[View] = pinned_view
 
 
 def current_view() -> View:
@@ -74,14 +76,14 @@ class Pinned:
     """A view that is current for a while: a request, a task, a script.
 
     A context manager; leaving it ends the pin and reports the request's reads to its span, once. Of a view that is
-    counted already (a pin within a pin), the reads are handed to the outer one.
+    counted already (a pin within a pin), the outer one counts the reads too.
     """
 
-    __slots__ = ("_outer", "_reported", "_span", "_tokens", "view")
+    __slots__ = ("_counted_outside", "_reported", "_span", "_tokens", "view")
 
     def __init__(self, view: View) -> None:
         self.view: View = view
-        self._outer: CountingView | None = view if isinstance(view, CountingView) else None
+        self._counted_outside = isinstance(view, CountingView)
         self._span: Span | None = None
         self._reported = False
         self._tokens: list[Token[View]] = []
@@ -102,28 +104,30 @@ class Pinned:
 
         Returns the view to read from now on, at the same revision.
         """
-        if self._span is None and self._outer is None and not self._reported:
+        if self._span is None and not self._counted_outside and not self._reported:
             self._span = self.view._views.telemetry.recording_span()
             if self._span is not None:
                 self._replace(self.view._views.counting(self.view))
         return self.view
 
-    def lay(self, layers: Sequence[str]) -> View:
-        """Lay a request's prefixes over the base, at the revision that is pinned. Raises `InvalidKey`.
+    def lay(self, layers: Sequence[str], *, on_invalid_layer: InvalidLayerPolicy = "reject") -> View:
+        """Lay a request's prefixes over the base and over the layers that it has, at the revision that is pinned.
 
-        Returns the view to read from now on.
+        Raises `InvalidKey` for what is no prefix; with `ignore` it is dropped, and counted, instead. Returns the view
+        to read from now on.
         """
-        checked = checked_layers(layers)
-        if not checked:
-            return self.view
         view, views = self.view, self.view._views
-        laid = views._layered_view(checked, None)
+        if on_invalid_layer == "ignore" and not isinstance(layers, str):
+            layers = kept_layers(views, layers)
+        wanted = tuple(dict.fromkeys((*checked_layers(layers), *view._request_layers)))
+        if wanted == view._request_layers:
+            return view
+        laid = views._layered_view(wanted, None)
         if laid._snapshot is not view._snapshot or laid._overrides is not view._overrides:
-            laid = View._make(views, view._snapshot, checked, view._overrides, {})
+            laid = View._make(views, view._snapshot, wanted, view._overrides, {}, view._own)
         if isinstance(view, CountingView):
             laid = views.counting(laid)
-            if view is not self._outer:
-                laid._count, laid._total_ns = view._count, view._total_ns
+            laid._tally = view._tally
         self._replace(laid)
         return laid
 
@@ -155,12 +159,8 @@ class Pinned:
         if reported:
             return
         span, self._span = self._span, None
-        outer = self._outer
         if span is not None:
             report(span, self.view)
-        elif outer is not None and outer is not self.view and isinstance(self.view, CountingView):
-            outer._count += self.view._count
-            outer._total_ns += self.view._total_ns
 
     @staticmethod
     def prefer_current(view: View) -> View:
@@ -177,8 +177,8 @@ def report(span: Span, view: View) -> None:
         revision=view.revision,
         origin=view.origin,
         stale=view.stale,
-        count=counted._count if counted else 0,
-        total_s=counted._total_ns / 1e9 if counted else 0.0,
+        count=0 if counted is None else counted._count,
+        total_s=0.0 if counted is None else counted._total_ns / 1e9,
     )
 
 

@@ -27,17 +27,36 @@ class _Readable(Protocol):
 
 
 class Derived:
-    """A value computed from a view, with everything it read: still right where a view reads the same."""
+    """A value computed from a view, with everything it read: still right where a view reads the same.
 
-    __slots__ = ("keys", "model", "result", "sections")
+    One that is `alone` holds in the view that it was computed from and in no other: it read what only that one has
+    (its revision, say), or more than is worth keeping for a comparison.
+    """
 
-    def __init__(self, result: Any, keys: dict[str, Any], sections: Mapping[str, Section], model: Any) -> None:
+    __slots__ = ("alone", "keys", "model", "result", "sections")
+
+    def __init__(
+        self,
+        result: Any,
+        keys: dict[str, Any],
+        sections: Mapping[str, Section],
+        model: Any,
+        alone: bool = False,
+    ) -> None:
         self.result = result
         self.keys = keys
         self.sections = sections
         self.model = model  # keeps what an id() in the cache's key refers to alive
+        self.alone = alone
+
+    @property
+    def size(self) -> int:
+        """How many entries it holds on to, beside its result."""
+        return len(self.keys) + sum(len(section) for section in self.sections.values())
 
     def holds_in(self, view: _Readable) -> bool:
+        if self.alone:
+            return False
         try:
             return all(same(view._resolve(key), value) for key, value in self.keys.items()) and all(
                 same_section(view._section(prefix), section) for prefix, section in self.sections.items()
@@ -55,6 +74,8 @@ def same_section(one: Section, other: Section) -> bool:
     if one is other:
         return True
     if one._values.keys() != other._values.keys() or one._held.keys() != other._held.keys():
+        return False
+    if bool(one._unready) != bool(other._unready):
         return False
     return all(same(value, other._values[key]) for key, value in one._values.items())
 

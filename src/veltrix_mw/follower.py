@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 from veltrix_mw.disk import LastKnownGood, Saved
 from veltrix_mw.errors import StoreError
+from veltrix_mw.faults import told
 from veltrix_mw.forking import FOLLOWERS, around_forks
 from veltrix_mw.protocols import Position, RawVersion, Store, Watch
 from veltrix_mw.replica import (
@@ -73,8 +74,8 @@ class Follower:
         store: Store,
         *,
         replica: Replica,
-        publish: Callable[[Publication], None],
-        failed: Callable[[StoreError], None],
+        publish: Callable[[Follower, Publication], bool],
+        failed: Callable[[Follower, StoreError], None],
         telemetry: Telemetry,
         prepare: Callable[[], None],
         disk: LastKnownGood | None = None,
@@ -125,15 +126,16 @@ class Follower:
         watch = self._watch
         if watch is not None:
             watch.close()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
+        thread = self._thread
+        if thread is not None and thread.ident is not None and thread is not threading.current_thread():
+            thread.join(timeout_s)
 
     def _run(self) -> None:
         with self._acting:
             try:
                 self._prepare()
-            except Exception:  # noqa: BLE001  # telemetry that cannot be set up must not keep config from coming
-                _log.exception("veltrix.telemetry_failed")
+            except Exception as exc:  # noqa: BLE001  # telemetry that cannot be set up must not keep config from coming
+                _log.error("veltrix.telemetry_failed error=%s", told(exc))
             event = self._first_event()
         while not self._stopping.is_set():
             try:
@@ -144,7 +146,7 @@ class Follower:
             except Exception as exc:  # noqa: BLE001
                 # A defect of ours or of a callback must not end the following: go on, and say so.
                 self.crashes += 1
-                _log.exception("veltrix.follower_crashed")
+                _log.error("veltrix.follower_crashed error=%s", told(exc))
                 event = Crashed(self._clock(), StoreError(f"the follower crashed ({type(exc).__name__}); see the log"))
             finally:
                 self._drop_watch()
@@ -168,7 +170,7 @@ class Follower:
                 return Decision(step)  # our own closing of the watch
             with self._acting:
                 decision = self._settle(Failed(self._clock(), exc, own_label=secrets.token_hex(8)))
-                self._failed(exc)
+                self._failed(self, exc)
                 return decision
 
     def _acted(self, step: Step) -> Decision:
@@ -219,8 +221,8 @@ class Follower:
         return None if saved is None else (saved.position, list(saved.entries))
 
     def _hand_on(self, publication: Publication) -> None:
-        self._publish(publication)
-        if self._disk is not None and publication.snapshot.origin != "disk":
+        taken = self._publish(self, publication)
+        if taken and self._disk is not None and publication.snapshot.origin != "disk":
             snapshot, position = publication.snapshot, publication.position
             self._disk.offer(lambda: _saved(snapshot, position))
 

@@ -6,11 +6,15 @@ must come to rest before the store that it calls is closed, or each waits for th
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
 __all__ = ["FOLLOWERS", "STORES", "around_forks"]
+
+_log = logging.getLogger("veltrix_mw")
 
 FOLLOWERS: Final = 0  # who calls stores
 STORES: Final = 1
@@ -35,25 +39,39 @@ def around_forks(
 ) -> None:
     """Run these around every fork that Python makes: `before` in ascending order, the others in descending.
 
-    For modules, once each. What a hook raises is told by the interpreter, and does not keep the fork from happening.
+    For modules, once each. What a hook raises is logged, and keeps neither the fork nor another hook from happening.
     """
     _hooks.append(_Hooks(order, before, after_in_parent, after_in_child))
     _hooks.sort(key=lambda hooks: hooks.order)
 
 
+_forking = threading.RLock()  # held from `before` to `after`: two threads that fork at once would mix what they hold
+
+
 def _before() -> None:
+    _forking.acquire()
     for hooks in _hooks:
-        hooks.before()
+        _run(hooks.before)
 
 
 def _after_in_parent() -> None:
     for hooks in reversed(_hooks):
-        hooks.after_in_parent()
+        _run(hooks.after_in_parent)
+    _forking.release()
 
 
 def _after_in_child() -> None:
+    global _forking
+    _forking = threading.RLock()
     for hooks in reversed(_hooks):
-        hooks.after_in_child()
+        _run(hooks.after_in_child)
+
+
+def _run(hook: Callable[[], None]) -> None:
+    try:
+        hook()
+    except Exception as exc:  # noqa: BLE001  # one hook that fails must not keep the others from letting go
+        _log.error("veltrix.fork_hook_failed error=%s", type(exc).__name__)
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

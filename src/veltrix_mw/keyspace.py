@@ -11,7 +11,7 @@ that could mend it, so that a worker that followed ends where one that lists afr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from veltrix_mw.errors import InvalidValue
 from veltrix_mw.protocols import Batch, Listing, RawVersion
@@ -46,6 +46,9 @@ class Keyspace:
         self._max_bytes = max_bytes
         # What was held back although it decodes, by key: the state that the authority has.
         self._pending: dict[str, _Change] = {}
+        # Both are as of one mapping of rejections, and hold for as long as the snapshots share it.
+        self._standing: _Standing | None = None
+        self._held_count: tuple[Mapping[str, Rejection], int] | None = None
         self.snapshot = Snapshot()
 
     @property
@@ -53,26 +56,30 @@ class Keyspace:
         """How many entries the authority has at this revision, held back or not."""
         snapshot = self.snapshot
         held = snapshot.rejected
-        served_though_held = sum(1 for key in held if key in snapshot)
-        return len(snapshot) - served_though_held + sum(1 for why in held.values() if not why.deleted)
+        if self._held_count is None or self._held_count[0] is not held:
+            entries = snapshot._entries
+            served_though_held = sum(1 for key in held if entries.item(key) is not None)
+            self._held_count = held, sum(1 for why in held.values() if not why.deleted) - served_though_held
+        return len(snapshot) + self._held_count[1]
 
     @property
     def wanting(self) -> tuple[str, ...]:
         """The keys that are held back and have no good value: history may know one."""
         snapshot = self.snapshot
-        return tuple(key for key, why in snapshot.rejected.items() if not why.deleted and key not in snapshot)
+        entries = snapshot._entries
+        return tuple(key for key, why in snapshot.rejected.items() if not why.deleted and entries.item(key) is None)
 
     def load(self, entries: Sequence[Item], *, revision: int, incarnation: str) -> None:
         """Take the last-known-good: decoded entries, ascending by key, checked against the schemas of today."""
         served, rejected = self._settled(SortedMap.from_sorted(entries), {}, revision)
-        self._pending = {}
+        self._forget_pending()
         self.snapshot = Snapshot(
             served, revision=revision, incarnation=incarnation, origin="disk", rejected=rejected, proof=Proof()
         )
 
     def resume(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot that another keyspace served."""
-        self._pending = {}
+        self._forget_pending()
         self.snapshot = snapshot
 
     def restore(self, listing: Listing, *, incarnation: str, origin: str, proved_at_s: float) -> None:
@@ -94,16 +101,21 @@ class Keyspace:
                         items.append(good)
                     continue
             items.append(item)
-        self._pending = {}
+        self._forget_pending()
         served, rejected = self._settled(SortedMap.from_sorted(items), rejected, listing.position.revision)
         self.snapshot = Snapshot(
             served,
             revision=listing.position.revision,
             incarnation=incarnation,
             origin=origin,
-            rejected=rejected,
+            rejected=old.rejected if rejected == old.rejected else rejected,
             proof=Proof(proved_at_s),
         )
+
+    def _forget_pending(self) -> None:
+        self._pending = {}
+        self._standing = None
+        self._held_count = None
 
     def apply(self, batch: Batch) -> frozenset[str]:
         """Apply one revision, whole or not at all; returns the keys whose served entry changed."""
@@ -165,6 +177,7 @@ class Keyspace:
     def _serve(self, changes: Mapping[str, _Change]) -> None:
         snapshot = self.snapshot
         self.snapshot = snapshot._succeeded(changes, revision=snapshot.revision, rejected=snapshot.rejected)
+        self._held_count = None  # a key that is held back has a value now
 
     def _releasable(self, keys: Sequence[str]) -> dict[int, dict[str, _Change]]:
         """The held-back revisions that a change of `keys` could mend, each with the states it would still bring.
@@ -172,21 +185,33 @@ class Keyspace:
         A revision may be mended when one of its keys changes, or a key of a section that it belongs to; never
         while a key of it that does not decode stays as it is.
         """
-        rejected = self.snapshot.rejected
+        rejected, standing = self.snapshot.rejected, self._stood()
         changing = set(keys)
-        schemas = set(self._schemas.touched(keys))
-        stuck = {why.revision for key, why in rejected.items() if key not in self._pending and key not in changing}
         near = {rejected[key].revision for key in keys if key in rejected}
-        if schemas:
-            near |= {
-                rejected[key].revision for key in self._pending if not schemas.isdisjoint(self._schemas.touched([key]))
-            }
-        groups: dict[int, dict[str, _Change]] = {revision: {} for revision in sorted(near - stuck)}
-        for key, change in self._pending.items():
-            group = groups.get(rejected[key].revision)
-            if group is not None and key not in changing:
-                group[key] = change
+        for schema in self._schemas.touched(keys):
+            near |= standing.of_schema.get(schema, frozenset())
+        groups: dict[int, dict[str, _Change]] = {}
+        for revision in sorted(near):
+            if standing.stuck.get(revision, frozenset()) <= changing:
+                pending = standing.pending.get(revision, ())
+                groups[revision] = {key: self._pending[key] for key in pending if key not in changing}
         return {revision: group for revision, group in groups.items() if group}
+
+    def _stood(self) -> _Standing:
+        """What is held back, by revision; made anew when that changed: with much of it, a pass takes long."""
+        rejected = self.snapshot.rejected
+        standing = self._standing
+        if standing is None or standing.rejected is not rejected:
+            standing = self._standing = _Standing(rejected, {}, {}, {})
+            for key, why in rejected.items():
+                if key in self._pending:
+                    standing.pending.setdefault(why.revision, []).append(key)
+                else:
+                    standing.stuck.setdefault(why.revision, set()).add(key)
+            for revision, keys in standing.pending.items():
+                for schema in self._schemas.touched(keys):
+                    standing.of_schema.setdefault(schema, set()).add(revision)
+        return standing
 
     def _tried(self, changes: Mapping[str, _Change]) -> tuple[SortedMap, Fault | None]:
         served = self.snapshot._entries.updated(changes)
@@ -200,7 +225,7 @@ class Keyspace:
 
     def _accept(self, changes: Mapping[str, _Change], served: SortedMap, revision: int) -> frozenset[str]:
         rejected = self.snapshot.rejected
-        if rejected:
+        if any(key in rejected for key in changes):
             rejected = {key: why for key, why in rejected.items() if key not in changes}
             for key in changes:
                 self._pending.pop(key, None)
@@ -277,6 +302,15 @@ def _trials(groups: Mapping[int, dict[str, _Change]]) -> Iterator[dict[str, _Cha
         yield {key: change for group in groups.values() for key, change in group.items()}
     yield from groups.values()
     yield {}
+
+
+class _Standing(NamedTuple):
+    """What is held back under one mapping of rejections, by the revision that wrote it."""
+
+    rejected: Mapping[str, Rejection]
+    pending: dict[int, list[str]]  # what decodes
+    stuck: dict[int, set[str]]  # what does not
+    of_schema: dict[Schema, set[int]]  # the revisions with a pending key that falls under it
 
 
 class _Walk:

@@ -5,6 +5,7 @@ Owns the stack of them; whoever makes views registers here and is told of each c
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -68,3 +69,12 @@ def tell_of_overrides(overridden: Overridden) -> None:
     """Call `overridden.override()` at each change, for as long as it lives."""
     with _process_lock:
         _overridden.add(overridden)
+
+
+def _renew_lock() -> None:
+    """In a forked child: another thread of the parent may have held it, and no thread here would ever let go."""
+    global _process_lock
+    _process_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)

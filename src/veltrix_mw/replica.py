@@ -10,6 +10,7 @@ production (`follower`), in the simulation and in tests.
     Listed ──► [ReadHistory ──►] OpenWatch ──► Next ──► Next ... now and then Confirm
     a gap, Compacted ──► List            Restored, a revision that went back ──► Renew ──► List
     Failed ──► Sleep (exponential, full jitter, at most 5 s) ──► the step again
+    a Confirm that Failed ──► Next ... Confirm, as far apart; each third time OpenWatch
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ GRACE_S: Final = 1.0
 
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_MOST_S: Final = 5.0
+
+CONFIRM_BACKOFF_FIRST_S: Final = 1.0
+"""The watch goes on meanwhile: a confirmation that fails is less urgent than a list."""
+
+UNCONFIRMED_MOST: Final = 3  # in a row; then the watch, which may be as dead, is opened anew
 
 HISTORY_KEYS: Final = 100  # keys whose last good value is looked for in the history: more would delay the start
 
@@ -284,6 +290,7 @@ class Replica:
         self._take_any = False
         self._step: Step = List()
         self._failures = 0
+        self._unconfirmed = 0  # confirmations that failed in a row
         self._confirm_at_s = 0.0
         self._confirm_costs: deque[float] = deque(maxlen=3)
         # The authority is known to have this revision; the watch must bring it by then.
@@ -308,8 +315,10 @@ class Replica:
 
     @property
     def state(self) -> str:
-        """`following`, `listing`, or `waiting` (after a failure)."""
+        """`following`, `listing`, or `waiting` (after a failure, also of a confirmation)."""
         match self._step:
+            case Next() | Confirm() if self._unconfirmed:
+                return "waiting"
             case Next() | Confirm() if self.snapshot.origin != "disk":
                 return "following"
             case Sleep():
@@ -321,7 +330,10 @@ class Replica:
         """What to do now that `event` has happened."""
         if isinstance(event, (Received, Listed)):
             self._failures = 0
-        if isinstance(event, (Listed, Watching, Confirmed)) or (isinstance(event, Received) and event.batches):
+        if isinstance(event, (Listed, Confirmed)):
+            self._unconfirmed = 0
+        answered = isinstance(event, (Listed, Watching, Confirmed)) or (isinstance(event, Received) and event.batches)
+        if answered and not self._unconfirmed:
             self.error = None
         self._step = self._decide(event)
         publication = self._publication()
@@ -479,12 +491,23 @@ class Replica:
             case Confirm() if isinstance(error, Compacted) or self.snapshot.origin == "disk":
                 return List() if self.snapshot.origin == "disk" else self._list_anew(str(error))
             case Confirm():
-                self._confirm_at_s = event.now_s + GRACE_S
-                return self._follow(event.now_s)
+                return self._go_on_unconfirmed(event)
             case OpenWatch() | Next() if isinstance(error, Compacted):
                 return self._list_anew(str(error))
             case _:
                 return self._back_off(error)
+
+    def _go_on_unconfirmed(self, event: Failed) -> Step:
+        """Watch on and ask again later; what is served ages meanwhile."""
+        if self._unconfirmed == 0:
+            self._notice("veltrix.confirm_failed", "warning", reason=str(event.error), error=type(event.error).__name__)
+        most_s = min(BACKOFF_MOST_S, CONFIRM_BACKOFF_FIRST_S * 2.0 ** min(self._unconfirmed, 16))
+        self._unconfirmed += 1
+        self._confirm_at_s = event.now_s + self._random.uniform(0, most_s)
+        if self._unconfirmed % UNCONFIRMED_MOST == 0:
+            self.reconnects += 1
+            return self._open_watch()
+        return self._follow(event.now_s)
 
     def _follow(self, now_s: float, *, moved: bool = False) -> Step:
         """Wait on the watch until something is due; `moved`: it has just brought something new."""
@@ -555,7 +578,11 @@ class Replica:
         return incarnation
 
     def _note_rejections(self, before: Mapping[str, Rejection]) -> None:
-        held = [(key, why) for key, why in self.snapshot.rejected.items() if before.get(key) != why]
+        held = [
+            (key, why)
+            for key, why in self.snapshot.rejected.items()
+            if (known := before.get(key)) is not why and known != why
+        ]
         for key, why in held[:20]:
             self._notice("veltrix.rejected", "warning", key=key, revision=why.revision, reason=why.reason)
         if len(held) > 20:

@@ -1,24 +1,27 @@
 """Layers that a request asks for: checked, and refused or dropped when they are none.
 
-Owns what happens to an invalid layer; knows neither ASGI nor WSGI.
+Owns what happens to an invalid layer; knows neither ASGI nor WSGI nor a framework.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from veltrix_mw.client import ConfigClient
 from veltrix_mw.errors import InvalidKey, SettingsError
 from veltrix_mw.keys import check_prefix
-from veltrix_mw.view import View
 
-__all__ = ["BAD_LAYER", "InvalidLayerPolicy", "checked_policy", "requested_view"]
+if TYPE_CHECKING:
+    from veltrix_mw.client import ConfigClient
+    from veltrix_mw.view import View
+    from veltrix_mw.views import Views
+
+__all__ = ["BAD_LAYER", "InvalidLayerPolicy", "checked_policy", "kept_layers", "requested_layers", "requested_view"]
 
 InvalidLayerPolicy = Literal["reject", "ignore"]
-"""`reject` answers 400 to a request whose layer is no prefix; `ignore` drops the layer."""
+"""`reject` answers 400 to a request whose layer is no prefix; `ignore` drops the layer, and counts it."""
 
-BAD_LAYER: Final = b"the request names a config layer that is not valid"
+BAD_LAYER: Final = "the request names a config layer that is not valid"
 """What the client is told; never the layer itself."""
 
 
@@ -29,26 +32,36 @@ def checked_policy(policy: InvalidLayerPolicy) -> InvalidLayerPolicy:
     return policy
 
 
-def requested_view(
-    client: ConfigClient, layers: Callable[[Any], Sequence[str]] | None, request: Any, policy: InvalidLayerPolicy
-) -> View:
-    """The view with the layers that `layers(request)` gives, if it is given.
+def requested_layers(layers: Callable[[Any], Sequence[str]], request: Any) -> tuple[str, ...]:
+    """What `layers(request)` gives, not checked yet.
 
-    Raises `InvalidKey` for an invalid one, unless `policy` is to drop it; `SettingsError` for a `str`: that is the
-    app's mistake, not the request's.
+    Raises `SettingsError` for a `str`: that is the app's mistake, not the request's.
     """
-    if layers is None:
-        return client.view()
     given = layers(request)
     if isinstance(given, str):
         raise SettingsError("layers=... gave a str: return a sequence of prefixes, such as (prefix,)")
-    asked = tuple(given)
-    try:
-        return client.view(layers=asked)
-    except InvalidKey:
-        if policy == "reject":
-            raise
-    return client.view(layers=tuple(layer for layer in asked if _is_prefix(layer)))
+    return tuple(given)
+
+
+def requested_view(
+    client: ConfigClient, layers: Callable[[Any], Sequence[str]] | None, request: Any, policy: InvalidLayerPolicy
+) -> View:
+    """The newest view, with the layers that `layers(request)` gives, if it is given.
+
+    Raises `InvalidKey` for an invalid one, unless `policy` is to drop it, and what `requested_layers` raises.
+    """
+    if layers is None:
+        return client.view()
+    asked = requested_layers(layers, request)
+    return client.view(layers=asked if policy == "reject" else kept_layers(client._views, asked))
+
+
+def kept_layers(views: Views, layers: Iterable[str]) -> tuple[str, ...]:
+    """Those of `layers` that are prefixes; the others are counted as dropped."""
+    asked = tuple(layers)
+    kept = tuple(layer for layer in asked if _is_prefix(layer))
+    views.dropped += len(asked) - len(kept)
+    return kept
 
 
 def _is_prefix(layer: object) -> bool:

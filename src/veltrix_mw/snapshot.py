@@ -6,15 +6,15 @@ Owns what a snapshot holds and its digest; knows nothing of how one is followed,
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from types import MappingProxyType
 from typing import Any, Final
 
 from veltrix_mw.errors import HeldBack, KeyMissing
 from veltrix_mw.sorted_map import Item, SortedMap
-from veltrix_mw.values import MISSING, Missing
+from veltrix_mw.values import MISSING, FrozenDict, Missing
 
 __all__ = ["Change", "Entry", "Proof", "Rejection", "Snapshot", "Version", "digest_of"]
 
@@ -83,7 +83,35 @@ class Proof:
 
 
 _DIGEST_MOD: Final = 1 << 64
-_NO_REJECTIONS: Final[Mapping[str, Rejection]] = MappingProxyType({})
+
+
+class _Rejections(FrozenDict):
+    """The rejections of a snapshot, frozen: later snapshots that reject the same share it.
+
+    Whoever compares two snapshots' rejections may begin with `is`.
+    """
+
+    __slots__ = ("_ordered",)
+
+    _ordered: tuple[str, ...] | None  # made when first asked for
+
+    def __init__(self, rejected: Mapping[str, Rejection]) -> None:
+        super().__init__(rejected)
+        self._ordered = None
+
+    def below(self, prefix: str) -> Iterator[tuple[str, Rejection]]:
+        """Those of the keys that begin with `prefix`, ascending; costs their number, but for the first time."""
+        ordered = self._ordered
+        if ordered is None:
+            ordered = self._ordered = tuple(sorted(self))
+        for at in range(bisect_left(ordered, prefix), len(ordered)):
+            key = ordered[at]
+            if not key.startswith(prefix):
+                return
+            yield key, self[key]
+
+
+_NO_REJECTIONS: Final = _Rejections({})
 
 
 def digest_of(key: str, mod_revision: int) -> int:
@@ -114,7 +142,11 @@ class Snapshot(Mapping[str, Any]):
         self._revision = revision
         self._incarnation = incarnation
         self._origin = origin
-        self._rejected = MappingProxyType(dict(rejected)) if rejected else _NO_REJECTIONS
+        self._rejected: _Rejections
+        if isinstance(rejected, _Rejections):
+            self._rejected = rejected
+        else:
+            self._rejected = _Rejections(rejected) if rejected else _NO_REJECTIONS
         self._proof = Proof() if proof is None else proof
         self._digest = digest
 
@@ -135,7 +167,10 @@ class Snapshot(Mapping[str, Any]):
 
     @property
     def rejected(self) -> Mapping[str, Rejection]:
-        """The keys whose newest state was rejected; they serve their last good value, or none."""
+        """The keys whose newest state was rejected; they serve their last good value, or none.
+
+        The same object from snapshot to snapshot while nothing of it changes.
+        """
         return self._rejected
 
     @property
@@ -182,7 +217,14 @@ class Snapshot(Mapping[str, Any]):
         return len(self._entries)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._entries.item(key) is not None
+        if not isinstance(key, str):
+            return False
+        if self._entries.item(key) is not None:
+            return True
+        missing = self._missing(key)
+        if isinstance(missing, HeldBack):
+            raise missing  # a key that is held back does not look absent
+        return False
 
     def __repr__(self) -> str:
         held = f", {len(self._rejected)} held back" if self._rejected else ""
@@ -217,9 +259,11 @@ class Snapshot(Mapping[str, Any]):
             proof=Proof(self._proof.at_s),
         )
         if self._digest is not None:
-            moved = changes.keys() | {
-                key for key in self._rejected.keys() | rejected.keys() if self._rejected.get(key) != rejected.get(key)
-            }
+            moved = set(changes)
+            before, after = self._rejected, following._rejected
+            if before is not after:
+                moved.update(key for key, why in after.items() if before.get(key) is not why)
+                moved.update(key for key in before if key not in after)
             gone = sum(self._share(key) for key in moved)
             following._digest = (self._digest - gone + sum(following._share(key) for key in moved)) % _DIGEST_MOD
         return following

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from weakref import WeakSet
 
+from veltrix_mw.faults import told
 from veltrix_mw.snapshot import Change, Entry, Snapshot
 from veltrix_mw.sorted_map import Item
 from veltrix_mw.values import MISSING, Missing
@@ -105,6 +106,14 @@ class _Subscription:
             self._paused = True
             self._condition.notify()
 
+    def resume(self) -> None:
+        """Go on after a pause with what was not heard."""
+        with self._condition:
+            self._paused = False
+            if self._newest is not self._heard and not self._ended and not self._running:
+                self._start()
+            self._condition.notify()
+
     def end(self) -> None:
         with self._condition:
             self._ended = True
@@ -119,10 +128,10 @@ class _Subscription:
     def _start(self) -> None:
         try:
             threading.Thread(target=self._run, name="veltrix-subscription", daemon=True).start()
-        except RuntimeError:
+        except RuntimeError as exc:
             # No thread is to be had (the process ends, or is at its limit). The follower goes on; a later change
             # tries again, and brings what was missed.
-            _log.exception("veltrix.subscriber_not_started prefix=%r", self._prefix)
+            _log.error("veltrix.subscriber_not_started prefix=%r error=%s", self._prefix, told(exc))
         else:
             self._running = True
 
@@ -150,8 +159,8 @@ class _Subscription:
             return
         try:
             self._callback(changes, new)
-        except Exception:  # noqa: BLE001  # the caller's code may raise anything
-            _log.exception("veltrix.subscriber_failed prefix=%r", self._prefix)
+        except Exception as exc:  # noqa: BLE001  # the caller's code may raise anything, with a value in what it says
+            _log.error("veltrix.subscriber_failed prefix=%r error=%s", self._prefix, told(exc))
 
 
 class Subscriptions:
@@ -197,6 +206,12 @@ class Subscriptions:
         with self._lock:
             for subscription in self._all:
                 subscription.pause()
+
+    def resume(self) -> None:
+        """Begin again after `close`, or in a forked child: what was not heard then is heard now."""
+        with self._lock:
+            for subscription in self._all:
+                subscription.resume()
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()

@@ -82,6 +82,11 @@ class Stats(Protocol):
         """Changes held back so far."""
         ...
 
+    @property
+    def dropped_layers(self) -> int:
+        """Invalid layers of requests that were dropped so far."""
+        ...
+
     def observe(self) -> Observed:
         """Where the client stands now."""
         ...
@@ -351,6 +356,7 @@ class _Instruments:
 
         counter("veltrix.views", "{view}", "Views pinned", lambda stats: stats.views)
         counter("veltrix.rejected", "{change}", "Changes held back", lambda stats: stats.rejections)
+        counter("veltrix.layers.dropped", "{layer}", "Invalid layers dropped", lambda stats: stats.dropped_layers)
         counter("veltrix.reconnects", "{reconnect}", "Watches opened again", lambda stats: stats.reconnects)
         gauge("veltrix.snapshot.age", "s", "Time since the snapshot was last confirmed", lambda now: now.age_s)
         gauge("veltrix.snapshot.revision", "{revision}", "The snapshot's revision", lambda now: now.revision)

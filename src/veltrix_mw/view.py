@@ -14,20 +14,27 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 from veltrix_mw.deriving import MOST_DERIVED, Derived
 from veltrix_mw.errors import HeldBack, KeyMissing, NotReady
 from veltrix_mw.keys import check_key, check_prefix, is_key
+from veltrix_mw.pinning import pinned_view
 from veltrix_mw.section import Section
 from veltrix_mw.snapshot import Snapshot
-from veltrix_mw.values import MISSING
+from veltrix_mw.values import MISSING, FrozenDict
 
 if TYPE_CHECKING:
     from veltrix_mw.views import Views
 
-__all__ = ["CountingView", "LookupView", "View"]
+__all__ = ["CountingView", "LookupView", "Tally", "View"]
 
 T = TypeVar("T")
 Model = TypeVar("Model")
 
 _HOT_KEYS: Final = 1024  # keys a memo holds: what an app reads by name; a scan only empties it
 _SECTIONS: Final = 256
+
+# Entries that a view with layers or overrides of its own keeps of each: its key names, its sections together, and what
+# a derived value of it read. There may be as many such views as a client invents tenants; the base view is one.
+_KEPT_ENTRIES: Final = 256
+
+_NO_OVERRIDES: Final[Mapping[str, Any]] = FrozenDict()
 
 
 class View(Mapping[str, Any]):
@@ -48,6 +55,7 @@ class View(Mapping[str, Any]):
         "_keys",
         "_layers",
         "_overrides",
+        "_own",
         "_request_layers",
         "_sections",
         "_snapshot",
@@ -59,7 +67,8 @@ class View(Mapping[str, Any]):
     _views: Views
     _layers: tuple[str, ...]  # the request's, then the client's
     _request_layers: tuple[str, ...]
-    _overrides: Mapping[str, Any]
+    _overrides: Mapping[str, Any]  # the process's over its own
+    _own: Mapping[str, Any]
     _keys: tuple[str, ...] | None
     _sections: dict[str, Section]
     _derived: dict[Any, Derived]
@@ -75,6 +84,7 @@ class View(Mapping[str, Any]):
         request_layers: tuple[str, ...],
         overrides: Mapping[str, Any],
         hot: dict[str, Any],
+        own: Mapping[str, Any] = _NO_OVERRIDES,
     ) -> View:
         view = object.__new__(cls)
         view._hot = hot
@@ -83,6 +93,7 @@ class View(Mapping[str, Any]):
         view._request_layers = request_layers
         view._layers = request_layers + views.layers
         view._overrides = overrides
+        view._own = own
         view._keys = None
         view._sections = {}
         view._derived = {}
@@ -97,6 +108,7 @@ class View(Mapping[str, Any]):
         view._request_layers = self._request_layers
         view._layers = self._layers
         view._overrides = self._overrides
+        view._own = self._own
         view._keys = self._keys
         view._sections = self._sections
         view._derived = self._derived
@@ -196,8 +208,15 @@ class View(Mapping[str, Any]):
             for layer in self._layers:
                 cut = len(layer)
                 found.update(item[0][cut:] for item in self._snapshot.below(layer))
-            keys = self._keys = tuple(sorted(found))
+            keys = tuple(sorted(found))
+            if self._is_base or len(keys) <= _KEPT_ENTRIES:
+                self._keys = keys
         return keys
+
+    @property
+    def _is_base(self) -> bool:
+        """Whether it is the one that all requests without layers and overrides of their own share."""
+        return not self._request_layers and not self._own
 
     def __repr__(self) -> str:
         layers = f" layers={','.join(self._layers)}" if self._layers else ""
@@ -242,15 +261,20 @@ class View(Mapping[str, Any]):
         return self.age_s > self._views.max_age_s
 
     def renew(self) -> View:
-        """A new view with the same layers and overrides, pinned now: for long streams and websockets."""
-        return self._views.view(self._request_layers, self._overrides)
+        """A new view with the same layers and overrides, pinned now: for long streams and websockets.
+
+        Overrides of the process are as they are now.
+        """
+        return self._views.view(self._request_layers, self._own)
 
     # Sections, models, derived values
 
     def section(self, prefix: str) -> Section:
         """The mapping below `prefix` (which ends with '/'), the prefix cut off. Costs its own size, once a view.
 
-        Raises `InvalidKey` for what is no prefix, `NotReady` when nothing was listed yet.
+        Of a view with layers of a request or with overrides, sections of more than 256 keys are not kept, and cost
+        that each time. Raises `InvalidKey` for what is no prefix, `NotReady` when nothing was listed yet and neither
+        defaults nor overrides have a key below it.
         """
         return self._section(check_prefix(prefix))
 
@@ -258,28 +282,35 @@ class View(Mapping[str, Any]):
         section = self._sections.get(prefix)
         if section is None:
             section = self._make_section(prefix)
-            if len(self._sections) >= _SECTIONS:
-                self._sections.clear()
-            self._sections[prefix] = section
+            kept = self._sections
+            if len(kept) >= _SECTIONS or not (
+                self._is_base or len(section) + sum(len(other) for other in list(kept.values())) <= _KEPT_ENTRIES
+            ):
+                kept.clear()
+            if self._is_base or len(section) <= _KEPT_ENTRIES:
+                kept[prefix] = section
         return section
 
     def _make_section(self, prefix: str) -> Section:
         snapshot, cut = self._snapshot, len(prefix)
         found = {key[cut:]: value for key, value in self._views.defaults.items() if key.startswith(prefix)}
-        if snapshot._origin == "none" and not found and not self._overrides:
-            raise self._not_ready(prefix)
         for layer in ("", *reversed(self._layers)):
             start = len(layer) + cut
             found.update({item[0][start:]: item[1] for item in snapshot.below(layer + prefix)})
         found.update({key[cut:]: value for key, value in self._overrides.items() if key.startswith(prefix)})
         held: dict[str, HeldBack] = {}
-        for name, why in snapshot._rejected.items():
-            for layer in (*self._layers, ""):
-                key = name[len(layer) + cut :]
-                if name.startswith(layer + prefix) and key not in found and not why.deleted:
+        for layer in (*self._layers, "") if snapshot._rejected else ():
+            start = len(layer) + cut
+            for name, why in snapshot._rejected.below(layer + prefix):
+                key = name[start:]
+                if key not in found and key not in held and not why.deleted:
                     held[key] = HeldBack(f"{name!r} is held back: revision {why.revision} was rejected ({why.reason})")
-                    break
-        return Section(prefix, found, held)
+        unready = ""
+        if snapshot._origin == "none":
+            if not found:
+                raise self._not_ready(prefix)
+            unready = str(self._not_ready(prefix))
+        return Section(prefix, found, held, unready)
 
     @overload
     def bind(self, model: type[Model], prefix: str) -> Model: ...
@@ -303,6 +334,8 @@ class View(Mapping[str, Any]):
 
             if prefix.endswith("/"):
                 section = view.section(prefix)
+                if section._unready:
+                    raise NotReady(section._unready)  # it reads all keys there, and what defaults have is not all
                 for held in section._held.values():
                     raise HeldBack(str(held))
                 return validation.bind(model, prefix, section)
@@ -330,7 +363,8 @@ class View(Mapping[str, Any]):
         if derived is None or not derived.holds_in(self):
             flight = (shared, id(self._snapshot), id(self._overrides))
             derived = self._views.flights.run(flight, lambda: self._compute(fn, model))
-            self._views.derived.put(shared, derived)
+            if not derived.alone:
+                self._views.derived.put(shared, derived)
         if len(self._derived) >= MOST_DERIVED:
             self._derived.clear()
         self._derived[name] = derived
@@ -338,12 +372,21 @@ class View(Mapping[str, Any]):
 
     def _compute(self, fn: Callable[[View], Any], model: Any) -> Derived:
         tracking = self._as(_TrackingView)
-        tracking._reads, tracking._read_sections = {}, {}
-        result = fn(tracking)
-        keys, sections = tracking._reads, tracking._read_sections
+        tracking._reads, tracking._read_sections, tracking._alone = {}, {}, False
+        current = pinned_view.get(None)
+        # What `fn` reads by way of current_view() is read from here too; a view of another client stays that.
+        token = pinned_view.set(tracking) if current is None or current._views is self._views else None
+        try:
+            result = fn(tracking)
+        finally:
+            if token is not None:
+                pinned_view.reset(token)
+        derived = Derived(result, tracking._reads, tracking._read_sections, model, tracking._alone)
         # `fn` may have kept the view: what it reads later is nobody's dependency.
         tracking._reads, tracking._read_sections = {}, {}
-        return Derived(result, keys, sections, model)
+        if derived.alone or not (self._is_base or derived.size <= _KEPT_ENTRIES):
+            return Derived(result, {}, {}, model, alone=True)
+        return derived
 
     def _read(self, key: str) -> Any:
         """The value of `key` or `MISSING`, by the public path, so that it is tracked."""
@@ -356,8 +399,9 @@ _V = TypeVar("_V", bound=View)
 class _TrackingView(View):
     """A view that notes what is read from it, for `derive`."""
 
-    __slots__ = ("_read_sections", "_reads")
+    __slots__ = ("_alone", "_read_sections", "_reads")
 
+    _alone: bool  # something was read that is of this view alone
     _reads: dict[str, Any]
     _read_sections: dict[str, Section]
 
@@ -375,14 +419,46 @@ class _TrackingView(View):
         return isinstance(key, str) and self._noted(key) is not MISSING
 
     def _noted(self, key: str) -> Any:
-        value = self._remembered(key)
+        try:
+            value = self._remembered(key)
+        except (HeldBack, NotReady):
+            self._alone = True  # `fn` may catch it, and that must not outlive its cause
+            raise
         if isinstance(key, str):
             self._reads[key] = value
         return value
 
     def _section(self, prefix: str) -> Section:
-        section = self._read_sections[prefix] = super()._section(prefix)
+        try:
+            section = self._read_sections[prefix] = super()._section(prefix)
+        except NotReady:
+            self._alone = True
+            raise
         return section
+
+    @property
+    def revision(self) -> int:
+        self._alone = True
+        return super().revision
+
+    @property
+    def incarnation(self) -> str:
+        self._alone = True
+        return super().incarnation
+
+    @property
+    def origin(self) -> str:
+        self._alone = True
+        return super().origin
+
+    @property
+    def age_s(self) -> float:
+        self._alone = True
+        return super().age_s
+
+    def renew(self) -> View:
+        self._alone = True
+        return super().renew()
 
     def _all_keys(self) -> tuple[str, ...]:
         self._read_sections[""] = View._section(self, "")
@@ -392,7 +468,18 @@ class _TrackingView(View):
         derived = super()._derive(name, fn, model)
         self._reads.update(derived.keys)
         self._read_sections.update(derived.sections)
+        self._alone = self._alone or derived.alone
         return derived
+
+
+class Tally:
+    """How many reads a request made and how long they took; its views share it."""
+
+    __slots__ = ("count", "total_ns")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total_ns = 0
 
 
 class CountingView(View):
@@ -401,10 +488,30 @@ class CountingView(View):
     Reads of several threads at once may be counted as one: the figures are for people.
     """
 
-    __slots__ = ("_count", "_total_ns")
+    __slots__ = ("_tally",)
 
-    _count: int
-    _total_ns: int
+    _tally: Tally
+
+    @property
+    def _count(self) -> int:
+        return self._tally.count
+
+    @_count.setter
+    def _count(self, count: int) -> None:
+        self._tally.count = count
+
+    @property
+    def _total_ns(self) -> int:
+        return self._tally.total_ns
+
+    @_total_ns.setter
+    def _total_ns(self, total_ns: int) -> None:
+        self._tally.total_ns = total_ns
+
+    def renew(self) -> View:
+        renewed = super().renew()._as(type(self))
+        renewed._tally = self._tally
+        return renewed
 
     def __getitem__(self, key: str) -> Any:
         begun = time.perf_counter_ns()
@@ -434,6 +541,13 @@ class CountingView(View):
         finally:
             self._counted(begun)
 
+    def _all_keys(self) -> tuple[str, ...]:
+        begun = time.perf_counter_ns()
+        try:
+            return super()._all_keys()
+        finally:
+            self._counted(begun)
+
     def _derive(self, name: Any, fn: Callable[[View], Any], model: Any) -> Derived:
         begun = time.perf_counter_ns()
         try:
@@ -442,12 +556,16 @@ class CountingView(View):
             self._counted(begun)
 
     def _counted(self, begun_ns: int) -> None:
-        self._count += 1
-        self._total_ns += time.perf_counter_ns() - begun_ns
+        tally = self._tally
+        tally.count += 1
+        tally.total_ns += time.perf_counter_ns() - begun_ns
 
 
 class LookupView(CountingView):
-    """A counting view that also opens a span for each read: level `lookups`."""
+    """A counting view that also opens a span for each read: level `lookups`.
+
+    The span of a section names its prefix, that of an iteration names nothing.
+    """
 
     __slots__ = ()
 
@@ -462,3 +580,20 @@ class LookupView(CountingView):
                 outcome.result = "miss"
                 return default
             return value
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
+        with self._views.telemetry.lookup(key) as outcome:
+            found = super().__contains__(key)
+            if not found:
+                outcome.result = "miss"
+            return found
+
+    def _section(self, prefix: str) -> Section:
+        with self._views.telemetry.lookup(prefix):
+            return super()._section(prefix)
+
+    def _all_keys(self) -> tuple[str, ...]:
+        with self._views.telemetry.lookup(""):
+            return super()._all_keys()

@@ -19,7 +19,7 @@ from veltrix_mw.overrides import process_overrides, tell_of_overrides
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import FrozenDict, freeze
-from veltrix_mw.view import CountingView, LookupView, View
+from veltrix_mw.view import CountingView, LookupView, Tally, View
 
 __all__ = ["Views", "checked_layers"]
 
@@ -61,6 +61,7 @@ class Views:
         self.derived = DerivedCache()
         self.flights = SingleFlight()
         self.made = 0  # views given out
+        self.dropped = 0  # invalid layers of requests that were dropped
         self._layered: OrderedDict[tuple[str, ...], View] = OrderedDict()
         self._lock = threading.Lock()  # protects _layered's order, and publish against override_process
         self.base = View._make(self, Snapshot(), (), process_overrides(), {})
@@ -103,10 +104,10 @@ class Views:
 
     def _layered_view(self, layers: tuple[str, ...], overrides: Mapping[str, Any] | None) -> View:
         base = self.base
-        if overrides and overrides is not base._overrides:
-            merged = {check_key(key): freeze(value) for key, value in overrides.items()}
-            merged.update(base._overrides)
-            return View._make(self, base._snapshot, layers, merged, {})
+        if overrides:
+            own = {check_key(key): freeze(value) for key, value in overrides.items()}
+            merged = {**own, **base._overrides}
+            return View._make(self, base._snapshot, layers, merged, {}, own)
         with self._lock:
             base, layered = self.base, self._layered
             view = layered.get(layers)
@@ -121,8 +122,7 @@ class Views:
     def counting(self, view: View) -> CountingView:
         """`view` as a request reads it whose span records."""
         counting = view._as(LookupView if self.telemetry.level == "lookups" else CountingView)
-        counting._count = 0
-        counting._total_ns = 0
+        counting._tally = Tally()
         return counting
 
 

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from opentelemetry.context import get_current
 
 from veltrix_mw.client import ConfigClient
-from veltrix_mw.current import _current, report
+from veltrix_mw.current import Pinned, report
 from veltrix_mw.errors import InvalidKey, SettingsError
-from veltrix_mw.request_layers import BAD_LAYER, InvalidLayerPolicy, checked_policy, requested_view
+from veltrix_mw.pinning import pinned_view as _current
+from veltrix_mw.request_layers import (
+    BAD_LAYER,
+    InvalidLayerPolicy,
+    checked_policy,
+    requested_layers,
+    requested_view,
+)
 from veltrix_mw.view import View
 
-if TYPE_CHECKING:
-    from opentelemetry.trace import Span
-
-__all__ = ["VIEW_KEY", "ConfigMiddleware"]
+__all__ = ["VIEW_KEY", "ConfigMiddleware", "carried_body"]
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Callable[[bytes], object]]
@@ -65,7 +69,7 @@ class ConfigMiddleware:
         self._plain = False  # whether the client is ready and requests ask for nothing more
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        outer = environ.get(VIEW_KEY)
+        outer: View | None = environ.get(VIEW_KEY)
         if outer is None and self._plain:
             # `client.view()`, written out: its calls would be a third of what attaching costs, and so would be to
             # ask the kernel each time whether this still is the process that follows. Forks are told by a hook;
@@ -76,8 +80,9 @@ class ConfigMiddleware:
                 views.ensure_running()
             view = views.base
         else:
-            if outer is not None and outer._views is self._views:
-                return self.app(environ, start_response)  # wrapped twice
+            # A view that is not the current one was left by a request that this environ was sent for before.
+            if outer is not None and _current.get(None) is outer:
+                return self._call_inside(outer, environ, start_response)
             if not self._plain:
                 self._start()
             try:
@@ -90,7 +95,7 @@ class ConfigMiddleware:
         if span is not None:
             view = self._views.counting(view)
         environ[VIEW_KEY] = view
-        end = None if span is None and outer is None else partial(_end, environ, view, span, outer)
+        end = None if span is None else partial(report, span, view)
         token = _current.set(view)
         try:
             body = self.app(environ, start_response)
@@ -106,6 +111,42 @@ class ConfigMiddleware:
             return body
         return (_SizedBody if hasattr(body, "__len__") else _Body)(body, view, end)
 
+    def _call_inside(self, outer: View, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Serve a request that is pinned further out, to `outer`.
+
+        Of the same client it keeps its revision, and gets what is asked for here on top. Further out, all stays as it
+        was.
+        """
+        same = outer._views is self._views
+        if same and self._layers is None and not self._revision_header:
+            return self.app(environ, start_response)
+        if not same and not self._plain:
+            self._start()
+        pinned = Pinned(outer if same else self.client.view())
+        try:
+            if self._layers is not None:
+                pinned.lay(requested_layers(self._layers, environ), on_invalid_layer=self._on_invalid_layer)
+        except InvalidKey:
+            return _refuse(environ, start_response)
+        view = pinned.view
+        if self._revision_header:
+            start_response = _with_header(start_response, view)
+
+        def end() -> None:
+            environ[VIEW_KEY] = outer
+            pinned.report()
+
+        environ[VIEW_KEY] = view
+        pinned.__enter__()
+        try:
+            body = self.app(environ, start_response)
+        except BaseException:
+            end()
+            raise
+        finally:
+            pinned.leave()
+        return carried_body(body, environ, view, end)
+
     def _start(self) -> None:
         client = self.client
         if not client.ready:
@@ -115,11 +156,15 @@ class ConfigMiddleware:
         self._plain = client.ready and self._layers is None and not self._revision_header
 
 
-def _end(environ: Environ, view: View, span: Span | None, outer: View | None) -> None:
-    if span is not None:
-        report(span, view)
-    if outer is not None:
-        environ[VIEW_KEY] = outer  # another client's middleware further out: its request goes on with its own view
+def carried_body(body: Iterable[bytes], environ: Environ, view: View, end: Callable[[], None]) -> Iterable[bytes]:
+    """`body`, iterated and closed with `view` as the current one; `end` is called after it.
+
+    A body that reads no config any more goes back untouched, and `end` is called now.
+    """
+    if _is_complete(body, environ):
+        end()
+        return body
+    return (_SizedBody if hasattr(body, "__len__") else _Body)(body, view, end)
 
 
 def _is_complete(body: Iterable[bytes], environ: Environ) -> bool:
@@ -189,13 +234,16 @@ class _SizedBody(_Body):
 
 
 def _refuse(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-    headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(BAD_LAYER)))]
+    body = BAD_LAYER.encode()
+    headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
     start_response("400 Bad Request", headers)
-    return [] if environ.get("REQUEST_METHOD") == "HEAD" else [BAD_LAYER]
+    return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]
 
 
 def _with_header(start_response: StartResponse, view: View) -> StartResponse:
     def starting(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Callable[[bytes], object]:
-        return start_response(status, [*headers, ("X-Config-Revision", str(view.revision))], *exc_info)
+        ours = ("X-Config-Revision", str(view.revision))
+        # A middleware further in may have sent it already.
+        return start_response(status, headers if ours in headers else [*headers, ours], *exc_info)
 
     return starting

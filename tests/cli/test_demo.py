@@ -93,7 +93,9 @@ def test_on_a_terminal_the_app_stays_up_until_it_is_told_to_end(
 def test_an_interruption_in_the_middle_leaves_nothing(shell: Shell, temporary: Path) -> None:
     with shell.running("demo") as demo:
         demo.until("workers up", 100)
-        assert demo.signalled(signal.SIGINT) == 130
+        # To a shell both are 130. CPython ends by the signal itself if it came in the middle of an `exec` of a string,
+        # as the import of a module with dataclasses is.
+        assert demo.signalled(signal.SIGINT) in {130, -signal.SIGINT}
     assert list(temporary.iterdir()) == []
 
 

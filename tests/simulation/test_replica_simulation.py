@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.simulation.world import MISSING, World
+from veltrix_mw.errors import StoreUnavailable
+from veltrix_mw.replica import Confirm, Failed, Next, Notice, OpenWatch
 
 KEYS = st.sampled_from(["a", "b", "c/d", "c/e"])
 CHANGES = st.dictionaries(
@@ -93,3 +95,76 @@ class Faults(RuleBasedStateMachine):
 
 Faults.TestCase.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
 TestFaults = Faults.TestCase
+
+
+# Confirmations that fail, while the watch goes on
+
+
+def to_confirm(world: World) -> None:
+    while not isinstance(world.step, Confirm):
+        world.turn()
+
+
+def unconfirmed(world: World) -> tuple[Notice, ...]:
+    """The next confirmation fails; what is told then."""
+    to_confirm(world)
+    decision = world.decide(Failed(world.now_s, StoreUnavailable("no answer")))
+    return decision.notices
+
+
+def test_confirmations_that_fail_are_told_once_until_one_succeeds() -> None:
+    world = World()
+    for _ in range(2):
+        notices = [notice for _ in range(10) for notice in unconfirmed(world)]
+        assert [(notice.event, notice.level) for notice in notices] == [("veltrix.confirm_failed", "warning")]
+        assert notices[0].fields == {"reason": "no answer", "error": "StoreUnavailable"}
+        to_confirm(world)
+        world.turn()
+        assert world.replica.error is None
+        assert world.replica.state == "following"
+
+
+def test_the_error_stays_visible_until_a_confirmation_succeeds() -> None:
+    world = World()
+    unconfirmed(world)
+    for number in range(5):
+        world.authority.write({"a": b"%d" % number})
+        while not isinstance(world.step, Confirm):
+            assert str(world.replica.error) == "no answer"
+            assert world.replica.state in {"waiting", "listing"}
+            if isinstance(world.step, Next):
+                assert world.replica.state == "waiting"
+            world.turn()
+        assert world.replica.state == "waiting"
+        unconfirmed(world)
+    assert world.replica.snapshot["a"] == 4
+
+
+def test_each_third_failing_confirmation_in_a_row_opens_the_watch_anew() -> None:
+    world = World()
+    to_confirm(world)
+    before = world.replica.reconnects
+    opened = []
+    for _ in range(6):
+        unconfirmed(world)
+        opened.append(isinstance(world.step, OpenWatch))
+    assert opened == [False, False, True, False, False, True]
+    assert world.replica.reconnects == before + 2
+    to_confirm(world)
+    world.turn()
+    unconfirmed(world)
+    unconfirmed(world)
+    assert not isinstance(world.step, OpenWatch)
+
+
+def test_failing_confirmations_are_asked_for_at_growing_random_distances_of_at_most_5_seconds() -> None:
+    delays: list[list[float]] = [[] for _ in range(12)]
+    for seed in range(200):
+        world = World(seed=seed)
+        for drawn in delays:
+            unconfirmed(world)
+            drawn.append(world.replica._confirm_at_s - world.now_s)
+    for number, drawn in enumerate(delays):
+        most_s = min(5.0, 2.0**number)
+        assert 0.9 * most_s < max(drawn) <= most_s
+        assert 0 <= min(drawn) < 0.1 * most_s

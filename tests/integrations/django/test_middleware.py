@@ -334,10 +334,10 @@ def test_a_template_rendered_by_a_middleware_further_out_reads_the_requests_view
 def test_listed_twice_it_pins_once(site, put):
     client = site(sync_view, MIDDLEWARE=[MIDDLEWARE, MIDDLEWARE])
     put(client, "greeting", "hello")
-    made = client.views
+    made = client._views.made
     assert get().json()["same"]
     assert aget().json()["same"]
-    assert client.views == made + 2
+    assert client._views.made == made + 2
 
 
 def test_a_request_object_that_is_sent_again_gets_a_new_view(site, put):
@@ -362,6 +362,29 @@ def test_within_the_core_middleware_on_the_same_client_both_see_one_revision(sit
     app = core_wsgi.ConfigMiddleware(changes, client=client)
     response = app(RequestFactory().get("/").environ, lambda *_: None)
     assert b'"greeting": "outside"' in b"".join(response)
+    response.close()
+
+
+def test_request_layers_lie_over_those_of_the_core_middleware_around_it_at_one_revision(site, put):
+    from django.core.handlers.wsgi import WSGIHandler
+
+    def view(request: HttpRequest) -> JsonResponse:
+        assert request.config is current_view()
+        return JsonResponse([request.config["greeting"], request.config["both"]], safe=False)
+
+    client = site(view, veltrix={"URL": "memory://", "REQUEST_LAYERS": lambda request: ["tenants/acme/"]})
+    for key, value in {"regions/eu/greeting": "eu", "regions/eu/both": "eu", "tenants/acme/both": "acme"}.items():
+        put(client, key, value)
+    handler = WSGIHandler()
+
+    def changes(environ, start_response):
+        put(client, "regions/eu/greeting", "changed in between")
+        put(client, "tenants/acme/both", "changed in between")
+        return handler(environ, start_response)
+
+    app = core_wsgi.ConfigMiddleware(changes, client=client, layers=lambda environ: ["regions/eu/"])
+    response = app(RequestFactory().get("/").environ, lambda *_: None)
+    assert b"".join(response) == b'["eu", "acme"]'
     response.close()
 
 
@@ -412,6 +435,7 @@ def test_an_invalid_layer_can_be_ignored_and_the_others_stay(site, put, fetch):
     client = site(sync_view, veltrix=veltrix)
     put(client, "tenants/acme/greeting", "acme")
     assert fetch(**{"X-Layers": "tenants/../admin/,tenants/acme/"}).json()["greeting"] == "acme"
+    assert client.dropped_layers == 1
 
 
 def test_layers_given_as_one_str_are_the_projects_fault_not_the_requests(site):

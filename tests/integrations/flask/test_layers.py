@@ -117,6 +117,7 @@ def test_reading_config_before_the_refusal_does_not_lift_it(client: ConfigClient
 def test_ignore_drops_what_is_no_layer_and_keeps_the_rest(client: ConfigClient) -> None:
     app = make_app(client, layers=lambda _: iter(["../", "tenants/acme/"]), on_invalid_layer="ignore")
     assert app.test_client().get("/").text == "10 10 10 10"
+    assert client.dropped_layers == 1
 
 
 def test_layers_may_refuse_a_request_in_the_apps_own_words(client: ConfigClient) -> None:
@@ -144,7 +145,6 @@ def test_an_environ_that_a_middleware_sends_twice_is_pinned_twice(client: Config
     environ = EnvironBuilder("/stream", headers=ACME).get_environ()
     for limit in (10, 30):
         change(client, {"tenants/acme/limit": limit})
-        environ.pop("veltrix.view", None)
         assert set(b"".join(app(environ, lambda *_: print)).split()) == {b"%d" % limit}
 
 
@@ -153,6 +153,31 @@ def test_an_app_that_is_wrapped_by_hand_as_well_reads_layers_and_one_revision(cl
     app.wsgi_app = ConfigMiddleware(app.wsgi_app, client=client)  # type: ignore[method-assign]
     assert app.test_client().get("/", headers=ACME).text == "10 10 10 10"
     assert set(app.test_client().get("/stream", headers=ACME).text.split()) == {"10"}
+
+
+@pytest.mark.parametrize("path", ["/", "/stream"])
+def test_layers_lie_over_those_of_the_core_middleware_around_it_each_time_it_sends_the_request(
+    client: ConfigClient, path: str
+) -> None:
+    app = make_app(client)
+    seen: list[bytes] = []
+
+    def twice(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        for _ in range(2):
+            change(client, {"tenants/acme/limit": 11, "regions/eu/limit": 6})
+            body: Any = app(environ, start_response)
+            seen.extend(b"".join(body).split())
+            body.close()
+            assert environ["veltrix.view"] is current_view()
+            assert environ["veltrix.view"]["limit"] == 5
+        return []
+
+    wrapped = ConfigMiddleware(twice, client=client, layers=lambda _: ["regions/eu/"])
+    for headers, limit in (({}, b"5"), (ACME, b"10")):
+        change(client, {"tenants/acme/limit": 10, "regions/eu/limit": 5})
+        wrapped(EnvironBuilder(path, headers=headers).get_environ(), lambda *_: print)
+        assert seen == [limit] * 8
+        seen.clear()
 
 
 def test_a_policy_or_a_layers_argument_that_is_none_is_refused_at_once() -> None:
