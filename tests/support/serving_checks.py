@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from tests.support.command import veltrix_put
 from tests.support.serving import Served
 from veltrix_mw import ConfigClient
 
@@ -32,7 +33,7 @@ def check_that_a_change_reaches_each_worker_and_no_stream_in_flight(
     os.mkfifo(fifo)
     with urllib.request.urlopen(f"{served.url}/stream?fifo={quote(str(fifo))}", timeout=60) as stream:
         first = json.loads(stream.readline())
-        revision = writer.put(KEY, after)
+        revision = veltrix_put(writer.status().tiers[0].url, KEY, after)
         _until_each_worker_serves(served, after, revision)
         fifo.write_text("go on")
         last = json.loads(stream.readline())

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import pytest
 
+from tests.support.command import veltrix_put
 from tests.support.serving import ROOT, Served, serve
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
@@ -51,7 +52,7 @@ def served(server: str, url: str) -> Iterator[Served]:
 def test_each_worker_serves_a_change_within_two_seconds_and_the_server_stops(server, url, writer):
     with served(server, url) as running:
         running.until_each_worker("greeting", "before")
-        revision = writer.put("greeting", "after")
+        revision = veltrix_put(writer.status().tiers[0].url, "greeting", "after")
         running.until_each_worker("greeting", "after", timeout_s=2)
         running.until_each_worker("revision", revision, timeout_s=2)
         assert running.stop() in {0, -signal.SIGTERM, 143}
