@@ -9,8 +9,6 @@ import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from opentelemetry.context import get_current
-
 from veltrix_mw.awaiting import in_thread
 from veltrix_mw.client import ConfigClient
 from veltrix_mw.current import Pinned, report
@@ -23,6 +21,7 @@ from veltrix_mw.request_layers import (
     requested_layers,
     requested_view,
 )
+from veltrix_mw.telemetry import current_context
 from veltrix_mw.values import MISSING
 from veltrix_mw.view import CountingView, View
 
@@ -118,7 +117,7 @@ class ConfigMiddleware:
                 return
             if self._revision_header and kind == "http":
                 send = _with_header(send, view)
-        span = self._recording_span() if get_current() else None
+        span = self._recording_span() if current_context() else None
         if span is not None:
             view = counting = self._views.counting(view)
             if kind == "http":

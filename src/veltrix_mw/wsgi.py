@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
 
-from opentelemetry.context import get_current
-
 from veltrix_mw.client import ConfigClient
 from veltrix_mw.current import Pinned, report
 from veltrix_mw.errors import InvalidKey, SettingsError
@@ -22,6 +20,7 @@ from veltrix_mw.request_layers import (
     requested_layers,
     requested_view,
 )
+from veltrix_mw.telemetry import current_context
 from veltrix_mw.view import View
 
 __all__ = ["VIEW_KEY", "ConfigMiddleware", "carried_body"]
@@ -69,47 +68,51 @@ class ConfigMiddleware:
         self._plain = False  # whether the client is ready and requests ask for nothing more
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        if VIEW_KEY in environ or not self._plain or current_context():
+            return self._call_asking(environ, start_response)
+        # The rest is what most requests pay, written out: the calls of `client.view()` would be a third of it, and so
+        # would be to ask the kernel each time whether this still is the process that follows. Forks are told by a
+        # hook; only one made in C, past the hook, is noticed here, up to 15 requests late.
+        views = self._views
+        views.made = made = views.made + 1
+        if not made & 15:
+            views.ensure_running()
+        environ[VIEW_KEY] = view = views.base
+        token = _current.set(view)
+        try:
+            body = self.app(environ, start_response)
+        finally:
+            _current.reset(token)
+        return body if type(body) is list else carried_body(body, environ, view, _nothing)
+
+    def _call_asking(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        """Serve a request that may be pinned further out, may have layers, or may be traced."""
         outer: View | None = environ.get(VIEW_KEY)
-        if outer is None and self._plain:
-            # `client.view()`, written out: its calls would be a third of what attaching costs, and so would be to
-            # ask the kernel each time whether this still is the process that follows. Forks are told by a hook;
-            # only one made in C, past the hook, is noticed here, up to 15 requests late.
-            views = self._views
-            views.made = made = views.made + 1
-            if not made & 15:
-                views.ensure_running()
-            view = views.base
-        else:
-            # A view that is not the current one was left by a request that this environ was sent for before.
-            if outer is not None and _current.get(None) is outer:
-                return self._call_inside(outer, environ, start_response)
-            if not self._plain:
-                self._start()
-            try:
-                view = requested_view(self.client, self._layers, environ, self._on_invalid_layer)
-            except InvalidKey:
-                return _refuse(environ, start_response)
-            if self._revision_header:
-                start_response = _with_header(start_response, view)
-        span = self._recording_span() if get_current() else None
+        # A view that is not the current one was left by a request that this environ was sent for before.
+        if outer is not None and _current.get(None) is outer:
+            return self._call_inside(outer, environ, start_response)
+        if not self._plain:
+            self._start()
+        try:
+            view = requested_view(self.client, self._layers, environ, self._on_invalid_layer)
+        except InvalidKey:
+            return _refuse(environ, start_response)
+        if self._revision_header:
+            start_response = _with_header(start_response, view)
+        span = self._recording_span()
         if span is not None:
             view = self._views.counting(view)
         environ[VIEW_KEY] = view
-        end = None if span is None else partial(report, span, view)
+        end = _nothing if span is None else partial(report, span, view)
         token = _current.set(view)
         try:
             body = self.app(environ, start_response)
         except BaseException:
-            if end is not None:
-                end()
+            end()
             raise
         finally:
             _current.reset(token)
-        if type(body) is list or _is_complete(body, environ):
-            if end is not None:
-                end()
-            return body
-        return (_SizedBody if hasattr(body, "__len__") else _Body)(body, view, end)
+        return carried_body(body, environ, view, end)
 
     def _call_inside(self, outer: View, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Serve a request that is pinned further out, to `outer`.
@@ -156,6 +159,10 @@ class ConfigMiddleware:
         self._plain = client.ready and self._layers is None and not self._revision_header
 
 
+def _nothing() -> None:
+    """What there is to do at the end of a request that nobody traces."""
+
+
 def carried_body(body: Iterable[bytes], environ: Environ, view: View, end: Callable[[], None]) -> Iterable[bytes]:
     """`body`, iterated and closed with `view` as the current one; `end` is called after it.
 
@@ -187,7 +194,7 @@ class _Body:
 
     __slots__ = ("_body", "_end", "_iterator", "_view")
 
-    def __init__(self, body: Iterable[bytes], view: View, end: Callable[[], None] | None) -> None:
+    def __init__(self, body: Iterable[bytes], view: View, end: Callable[[], None]) -> None:
         self._body = body
         self._iterator: Iterator[bytes] | None = None
         self._view = view
@@ -213,9 +220,8 @@ class _Body:
                 close()
         finally:
             _current.reset(token)
-            end, self._end = self._end, None
-            if end is not None:
-                end()
+            end, self._end = self._end, _nothing
+            end()
 
     def __bytes__(self) -> bytes:
         return bytes(self._body)  # type: ignore[arg-type]
