@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 PYTHON := .venv/bin/python
 
-demo: env-demo ## An app with two workers, a change while it runs, every worker serving it (CLUSTER=1: on etcd and Redis)
+demo: env-demo ## An app with two workers, a change while it runs, every worker serving it
 	@$(PYTHON) examples/demo.py
 
 test: lint types ## Lint, types, and all tests on every supported Python of this machine

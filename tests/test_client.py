@@ -709,3 +709,43 @@ def test_a_write_is_judged_with_the_one_that_this_process_made_just_before(url: 
             client.write([Put("r/lo", 0), Put("r/hi", 10)])
             client.put("r/hi", 100 + number)
             client.put("r/lo", 50)
+
+
+def test_with_a_last_known_good_requests_still_wait_for_the_store_that_answers(
+    tmp_path: Path, url: str, writer: ConfigClient
+) -> None:
+    """A deploy must not serve yesterday's values once in each worker."""
+    with ConfigClient(url, last_known_good=tmp_path / "kept") as client:
+        client.wait_ready()
+        client.wait_for(writer.put("first", 2))
+    writer.put("first", 3)
+    for _ in range(5):
+        client = ConfigClient(url, last_known_good=tmp_path / "kept")
+        with client.pinned() as view:
+            assert (view["first"], view.origin) == (3, "sqlite")
+        client.close()
+
+
+def test_a_store_that_is_not_the_one_the_file_was_saved_from_is_said(
+    tmp_path: Path, url: str, writer: ConfigClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ConfigClient(url, last_known_good=tmp_path / "kept") as client:
+        client.wait_ready()
+    other = ConfigClient(f"sqlite:///{tmp_path}/other.db")
+    other.put("another", 1)
+    other.close()
+    with ConfigClient(f"sqlite:///{tmp_path}/other.db", last_known_good=tmp_path / "kept") as client:
+        wait_until(lambda: client.view().origin == "sqlite", 10, reason="the first list")
+    assert "veltrix.restored" in caplog.text
+
+
+def test_the_status_can_be_sent_as_json_also_before_anything_is_known(url: str, writer: ConfigClient) -> None:
+    writer.put("pay/limit", "many")
+    client = ConfigClient(url, schemas={"pay/limit": int})
+    assert json.loads(json.dumps(client.status().as_dict(), allow_nan=False))["age_s"] is None
+    client.wait_ready()
+    told = json.loads(json.dumps(client.status().as_dict(), allow_nan=False))
+    assert told["age_s"] >= 0
+    assert told["rejected"]["pay/limit"]["revision"] == 2
+    assert told["tiers"][0]["name"] == "sqlite"
+    client.close()

@@ -51,7 +51,7 @@ class ConfigMiddleware:
             return cast("HttpResponseBase", self.get_response(request))
         project = current_project()
         client = project.client
-        if not client.ready:
+        if not client.begun:
             client.view()  # whoever takes a view starts it
             client.wait_start()
         layers: Any = ()
@@ -78,7 +78,7 @@ class ConfigMiddleware:
             return cast("HttpResponseBase", await self.get_response(request))
         project = current_project()
         client = project.client
-        if not client.ready:
+        if not client.begun:
             client.view()
             await client.await_start()
         layers: Any = ()

@@ -5,6 +5,7 @@ Owns where the client comes from; all that happens to a request is `veltrix_mw.a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from veltrix_mw import ConfigClient, SettingsError, asgi
 from veltrix_mw.request_layers import InvalidLayerPolicy
 
 __all__ = ["ConfigMiddleware"]
+
+_log = logging.getLogger("veltrix_mw")
 
 
 class ConfigMiddleware(asgi.ConfigMiddleware):
@@ -50,9 +53,16 @@ class ConfigMiddleware(asgi.ConfigMiddleware):
         on_invalid_layer: InvalidLayerPolicy = "reject",
         **settings: Any,
     ) -> None:
+        try:
+            made = _client(client, url, settings)
+        except SettingsError as exc:
+            # Starlette makes its middleware when the server asks for the start-up, and a server may take an error
+            # there for an app without a lifespan: without this line it would start, and say nothing.
+            _log.error("veltrix.misconfigured reason=%s", exc)
+            raise
         super().__init__(
             app,
-            client=_client(client, url, settings),
+            client=made,
             layers=layers,
             attribute=attribute,
             revision_header=revision_header,

@@ -175,7 +175,7 @@ class ConfigMiddleware:
 
     async def _start(self) -> None:
         client = self.client
-        if not client.ready:
+        if not client.begun:
             client._ensure_running()
             await client.await_start()
         # A client that is ready stays so, also across a fork.

@@ -315,6 +315,14 @@ class ConfigClient:
         """Whether a list was had, or a last-known-good loaded."""
         return self._published is not None
 
+    @property
+    def begun(self) -> bool:
+        """Whether a request need not wait: a list was had, or waiting for one is known not to help.
+
+        With a last-known-good loaded, requests still wait for the store's first answer, good or bad.
+        """
+        return self._has_reached(BEGUN)
+
     def wait_ready(self, timeout_s: float = 5.0) -> None:
         """Start, and wait until `ready`. Raises `NotReady`, which says why, after `timeout_s`."""
         self._closed = False
@@ -338,7 +346,7 @@ class ConfigClient:
         if what == READY:
             return published is not None
         if what == BEGUN:
-            return published is not None or self._hopeless
+            return self._hopeless or (published is not None and published.snapshot.origin != "disk")
         return published is not None and published.snapshot.origin != "disk" and published.snapshot.revision >= what
 
     def _not_ready(self, timeout_s: float) -> NotReady:
@@ -354,7 +362,8 @@ class ConfigClient:
         """Called by a follower's thread."""
         # What is to be fixed, or made by a first write, is not mended by letting requests wait.
         passing = isinstance(error, (StoreUnavailable, Compacted)) and not isinstance(error, NeverWritten)
-        if not passing and follower is self._follower:
+        helped = self._published is not None  # the last-known-good serves, and this was the store's one chance
+        if (helped or not passing) and follower is self._follower:
             self._hopeless = True
             self._waiters.wake()
 
@@ -410,7 +419,7 @@ class ConfigClient:
         Waits for the first list like a request does.
         """
         self._ensure_running()
-        if not self.ready:
+        if not self.begun:
             self.wait_start()
         return Pinned(self.view(layers, overrides))
 

@@ -409,6 +409,9 @@ class Replica:
             return self._back_off(StoreError(str(exc)))
         if position is not None and position.incarnation != found.incarnation:
             self._left.append(position.incarnation)
+            if position.incarnation and not self._take_any:
+                # Nobody minted it while we looked: a start from a file, and the store is another one.
+                self._notice("veltrix.restored", "warning", incarnation=found.incarnation, revision=found.revision)
         self._take_any = False
         self._position = found
         self._changed = None

@@ -30,6 +30,7 @@ _OPTIONS: Final[Mapping[str, frozenset[str]]] = {
 _EXAMPLES: Final[Mapping[str, str]] = {"memory": "memory://shop", "sqlite": "sqlite:///config.db"}
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?|\.[0-9]{1,18}")  # 18 digits: whole numbers fit into 64 bits
+_LATER: Final = frozenset({"etcd", "etcds", "redis", "rediss"})
 _FLOATS: Final = frozenset({"timeout_s"})
 _WHOLE: Final = frozenset({"keep_revisions", "keep_bytes"})
 
@@ -102,6 +103,8 @@ def _unknown_scheme(scheme: str) -> str:
     known = ", ".join(f"{name}://" for name in sorted(_OPTIONS))
     if not scheme:
         return f"a config URL begins with one of {known}, for example sqlite:///config.db"
+    if scheme.split("+", maxsplit=1)[0] in _LATER:
+        return f"{scheme}:// comes with the next release; this one knows {known}"
     close = get_close_matches(scheme, _OPTIONS, n=1)
     hint = f"; did you mean {close[0]}://?" if close else ""
     return f"{scheme!r} is not a store that this version knows ({known}){hint}"

@@ -5,8 +5,10 @@ Owns the shape of the answer; the client fills it in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from veltrix_mw.snapshot import Rejection
 
@@ -43,3 +45,17 @@ class Status:
     rejected: Mapping[str, Rejection]
     relay: str | None
     tiers: tuple[TierStatus, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON can carry it, for a page of the app's own; an age that is not known is None."""
+        return {
+            "ready": self.ready,
+            "revision": self.revision,
+            "incarnation": self.incarnation,
+            "origin": self.origin,
+            "age_s": self.age_s if math.isfinite(self.age_s) else None,
+            "stale": self.stale,
+            "rejected": {key: asdict(why) for key, why in self.rejected.items()},
+            "relay": self.relay,
+            "tiers": [asdict(tier) for tier in self.tiers],
+        }

@@ -152,7 +152,7 @@ class ConfigMiddleware:
 
     def _start(self) -> None:
         client = self.client
-        if not client.ready:
+        if not client.begun:
             client._ensure_running()
             client.wait_start()
         # A client that is ready stays so, also across a fork.

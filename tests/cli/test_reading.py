@@ -172,3 +172,11 @@ def test_reading_starts_no_thread(shell: Shell, put: Put) -> None:
     for verb in (["get", "k"], ["list"], ["history", "k"], ["status"], ["export"], ["put", "k", "2"]):
         done = shell.process(*verb, command=("-c", code))
         assert done.code == 0, done
+
+
+@pytest.mark.parametrize("verb", ["list", "watch", "export"])
+def test_a_prefix_that_none_can_be_is_refused(shell: Shell, put: Put, verb: str) -> None:
+    put("a", 1)
+    done = shell.run(verb, "bad key")
+    assert done.code == 4
+    assert "is no prefix" in done.err

@@ -505,9 +505,9 @@ def test_a_vanished_file_is_said_and_a_new_one_is_another_history(path: Path, op
     watch = store.watch(position, timeout_s=1)
     for file in path.parent.iterdir():
         file.unlink()
-    with pytest.raises(StoreUnavailable, match="does not exist yet"):
+    with pytest.raises(StoreUnavailable, match="is gone: it was there before"):
         watch.next(WITHIN_S)
-    with pytest.raises(StoreUnavailable, match="does not exist yet"):
+    with pytest.raises(StoreUnavailable, match="is gone: it was there before"):
         store.list(timeout_s=1)
     put(store, "a", b"1")
     with pytest.raises(Restored):

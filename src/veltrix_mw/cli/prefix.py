@@ -5,11 +5,14 @@ Owns the argument PREFIX of the verbs that take one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import click
+
+from veltrix_mw import InvalidKey
 
 __all__ = ["Prefix", "prefix_argument"]
 
@@ -34,7 +37,11 @@ class Prefix:
 
 
 def _taken(_context: click.Context, _parameter: click.Parameter, text: str) -> Prefix:
-    return Prefix(text)
+    if text and not text.startswith("/") and re.fullmatch(r"[A-Za-z0-9._~:@/-]+", text):
+        return Prefix(text)
+    if text:
+        raise InvalidKey(f"{text!r} is no prefix: write segments of [A-Za-z0-9._~:@-] joined by '/', as in checkout/")
+    return Prefix()
 
 
 prefix_argument: Final[Callable[[Callable[..., Any]], Callable[..., Any]]] = click.argument(

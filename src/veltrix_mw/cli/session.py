@@ -6,6 +6,7 @@ Owns the options that every verb has; knows no verb.
 from __future__ import annotations
 
 import functools
+import getpass
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -88,13 +89,17 @@ def on_store(function: Callable[..., Any]) -> Callable[..., Any]:
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a verb the options of the change record: who, and why."""
     author = click.option(
-        "--author", metavar="NAME", default=_user, help="Who makes the change; default $USER.", show_default=False
+        "--author", metavar="NAME", default=_user, help="Who makes the change; default you.", show_default=False
     )
     return author(click.option("--reason", metavar="TEXT", default="", help="Why.")(function))
 
 
 def _user() -> str:
-    return os.environ.get("USER") or os.environ.get("LOGNAME") or ""
+    """As `getpass` finds it: the environment, else the password database; empty where neither knows."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""
 
 
 def _with_session(function: Callable[..., Any]) -> Callable[..., Any]:

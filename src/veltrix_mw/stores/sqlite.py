@@ -499,9 +499,9 @@ def _forget(db: Connection, namespace: int, oldest: int) -> int:
     emptied = {row[0] for row in db.raw.execute(_FORGOTTEN_REVISIONS, named)}
     db.raw.execute(_FORGET, named)
     db.raw.executemany(
-        "DELETE FROM revisions WHERE namespace = ?1 AND revision = ?2 AND NOT EXISTS "
-        "(SELECT 1 FROM versions WHERE namespace = ?1 AND revision = ?2)",
-        [(namespace, revision) for revision in emptied | {oldest}],
+        "DELETE FROM revisions WHERE namespace = :namespace AND revision = :revision AND NOT EXISTS "
+        "(SELECT 1 FROM versions WHERE namespace = :namespace AND revision = :revision)",
+        [{"namespace": namespace, "revision": revision} for revision in emptied | {oldest}],
     )
     return size
 

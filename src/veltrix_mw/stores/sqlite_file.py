@@ -144,6 +144,7 @@ class SqliteFile:
         self.path = os.path.abspath(path)  # a later change of the working directory changes nothing
         self._uri = f"file:{quote(os.fsencode(self.path))}"
         self._hint = hint
+        self._was_there = False  # this process had it open: a file that is gone now is not one that is not there yet
         self._begin_anew()
         with _files_lock:
             _files.add(self)
@@ -346,6 +347,7 @@ class SqliteFile:
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA journal_size_limit = {_WAL_KEPT_BYTES}")
         if self._is_ours(db):
+            self._was_there = True
             return
         if not creates:
             raise self._absent("holds nothing")
@@ -452,7 +454,12 @@ class SqliteFile:
             f"GROUP '{folder}' && chmod -R g+rwX '{folder}'"
         )
 
-    def _absent(self, state: str) -> NeverWritten:
+    def _absent(self, state: str) -> StoreUnavailable:
+        if self._was_there:
+            return StoreUnavailable(
+                f"{self.path} is gone: it was there before. Put it or a backup of it back before anything is written: "
+                "a write now would begin an empty one"
+            )
         return NeverWritten(f"{self.path} {state} yet; the first write creates it: {self._hint}")
 
     def mixed(self) -> StoreError:
