@@ -85,7 +85,7 @@ def _stall() -> list[Figure]:
             last = _write_burst(client._store)
             samples["idle"].append(_longest(lambda: None))
             samples["raw watch thread"].append(_longest(partial(_raw, client._store, published.position, last)))
-            samples["ours"].append(_longest(partial(client.wait_for, last, timeout_s=60)))
+            samples["ours"].append(_longest(partial(_follow, client, last)))
             assert client.view().revision == last
             client.close()
     found = ratios(samples, "raw watch thread")
@@ -106,6 +106,11 @@ def _write_burst(store: Store) -> int:
         operation = RawOperation(f"key-{number % 997}", b'{"limit": %d}' % number)
         revision = store.commit([operation], record, timeout_s=5)
     return revision
+
+
+def _follow(client: ConfigClient, last: int) -> None:
+    client.start()
+    client.wait_for(last, timeout_s=60)
 
 
 def _raw(store: Store, position: Position, last: int) -> None:

@@ -48,6 +48,9 @@ _UNKNOWN_SCOPE: Final = frozenset({ValueError, AssertionError, KeyError, NotImpl
 _log = logging.getLogger("veltrix_mw")
 
 
+_pin, _unpin = _current.set, _current.reset  # bound once: every request calls both
+
+
 class ConfigMiddleware:
     """Gives every HTTP request and websocket of `app` a view pinned to one snapshot.
 
@@ -125,12 +128,12 @@ class ConfigMiddleware:
         # In place: a copied scope would hide what inner parts add to it (`route`) from outer middleware.
         state = scope.setdefault("state", {})
         state[self._attribute] = scope[VIEW_KEY] = view
-        token = _current.set(view)
+        token = _pin(view)
         try:
             await self.app(scope, receive, send)
         finally:
             try:  # noqa: SIM105 - `suppress` would be a call for each request
-                _current.reset(token)
+                _unpin(token)
             except ValueError:
                 pass  # closed by the garbage collector, in another context: there is nothing to undo
             if span is not None:

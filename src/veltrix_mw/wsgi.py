@@ -33,6 +33,9 @@ VIEW_KEY: Final = "veltrix.view"
 """Where the environ carries the view."""
 
 
+_pin, _unpin = _current.set, _current.reset  # bound once: every request calls both
+
+
 class ConfigMiddleware:
     """Gives every request of `app` a view pinned to one snapshot.
 
@@ -78,11 +81,11 @@ class ConfigMiddleware:
         if not made & 15:
             views.ensure_running()
         environ[VIEW_KEY] = view = views.base
-        token = _current.set(view)
+        token = _pin(view)
         try:
             body = self.app(environ, start_response)
         finally:
-            _current.reset(token)
+            _unpin(token)
         return body if type(body) is list else carried_body(body, environ, view, _nothing)
 
     def _call_asking(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
