@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from veltrix_mw.errors import Compacted
+from veltrix_mw.errors import Compacted, StoreUnavailable
 from veltrix_mw.values import Missing
 
 __all__ = [
@@ -22,8 +22,13 @@ __all__ = [
     "ChangeRecord",
     "Confirmation",
     "Followed",
+    "Lease",
     "Limits",
     "Listing",
+    "Mirror",
+    "MirrorState",
+    "MirrorWriter",
+    "Moved",
     "Position",
     "RawChange",
     "RawOperation",
@@ -83,39 +88,46 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Every entry of the namespace at one revision.
+    """Every eager entry of the namespace at one revision.
 
     `entries` are (key, value, mod_revision), ascending by key, each key once; `position.revision` is the
-    namespace's newest revision, 0 when nothing was ever written.
+    namespace's newest revision, 0 when nothing was ever written. `origin` is the tier that it came from, empty for
+    the store's own; `ignored` how many keys were passed over because they are none of ours, by their shape.
     """
 
     position: Position
     entries: Sequence[tuple[str, bytes, int]]
+    origin: str = ""
+    ignored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One revision, whole: its changes (each key once) and its record.
+    """One revision, whole: its changes to eager keys (each key once, perhaps none) and its record.
 
-    `position` is the position once it is applied; `previous` the namespace's revision before it.
+    `position` is the position once it is applied; `previous` the namespace's revision before it. `origin` is the tier
+    that it came from, empty for the store's own.
     """
 
     position: Position
     previous: int
     changes: tuple[RawChange, ...]
     record: ChangeRecord = field(default_factory=ChangeRecord)
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
     """What the authority's newest revision is, by a linearizable query: `incarnation`, `revision`.
 
-    `count` is the number of entries in the namespace.
+    `count` is the number of eager entries in the namespace. `age_s` is how old that knowledge was when the question
+    was sent: 0 from the authority itself, the relay's own age from a mirror.
     """
 
     incarnation: str
     revision: int
     count: int
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +151,20 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class StoreInfo:
-    """What a store is: `origin` (`etcd`, `redis`, `sqlite`, `memory`), its URL without secrets, namespace, limits."""
+    """What a store is: `origin` (`etcd`, `redis`, `sqlite`, `memory`), its URL without secrets, namespace, limits.
+
+    `lazy` are the prefixes that it neither lists, counts nor brings changes of: they are read on demand.
+    """
 
     origin: str
     url: str
     namespace: str
     limits: Limits
+    lazy: tuple[str, ...] = ()
+
+
+class Moved(StoreUnavailable):
+    """The watch ends because another tier is followed from here on. Watch again at once."""
 
 
 class Restored(Compacted):
@@ -230,4 +250,107 @@ class Store(Followed, Written, Remembered, Protocol):
 
     def close(self) -> None:
         """Close every connection. Idempotent; a later call opens anew."""
+        ...
+
+
+# Mirrors
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorState:
+    """Where a mirror stands, as its meta says: all of it read in one round trip.
+
+    `position` is the empty position where there is no meta (empty, flushed, evicted). `age_s` is how long ago, by the
+    mirror's own clock, the relay asked the authority and found this to be its newest; inf where it never did. `relay`
+    is the lease's holder, empty if none. `lazy` are the prefixes that the mirror leaves out.
+    """
+
+    position: Position
+    count: int = 0
+    digest: int = 0
+    lazy: tuple[str, ...] = ()
+    age_s: float = float("inf")
+    relay: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A lease that was won: `holder` is an instance's name, `token` the fencing token, larger than any before it."""
+
+    holder: str
+    token: int
+
+
+@runtime_checkable
+class Mirror(Protocol):
+    """A store fed from the authority, as a worker reads it. The same rules as for `Followed`."""
+
+    @property
+    def info(self) -> StoreInfo: ...
+
+    def state(self, *, timeout_s: float) -> MirrorState:
+        """Where it stands now."""
+        ...
+
+    def list(self, *, timeout_s: float) -> Listing:
+        """Everything, at one revision. Raises `StoreUnavailable` where there is nothing, or it does not add up."""
+        ...
+
+    def watch(self, position: Position, *, timeout_s: float) -> Watch:
+        """What comes after `position`. Raises `Compacted` when it cannot resume there: list instead."""
+        ...
+
+    def close(self) -> None:
+        """As a store's."""
+        ...
+
+
+class MirrorWriter(Protocol):
+    """A mirror as its relay writes it.
+
+    Each call that takes a lease raises `LeaseLost`, changing nothing, unless that lease is held at that moment.
+    """
+
+    def elect(self, holder: str, *, ttl_s: float, timeout_s: float) -> tuple[Lease | None, str, float]:
+        """Take the lease if nobody has it. Returns it, or None; who holds it; and in how many seconds it ends.
+
+        Raises `AuthFailed` where these credentials may not.
+        """
+        ...
+
+    def keep(self, lease: Lease, *, ttl_s: float, timeout_s: float) -> MirrorState:
+        """Hold the lease for another `ttl_s`; returns where the mirror stands."""
+        ...
+
+    def resign(self, lease: Lease, *, timeout_s: float) -> None:
+        """Give the lease up, if it is held."""
+        ...
+
+    def clock(self, *, timeout_s: float) -> int:
+        """The mirror's own clock, in microseconds; never goes back while the server lives."""
+        ...
+
+    def revisions(self, *, timeout_s: float) -> tuple[Position, dict[str, int]]:
+        """The mirror's position, and each key's `mod_revision` there; the empty position if it does not add up."""
+        ...
+
+    def fill(self, lease: Lease, listing: Listing, *, digest: int, lazy: Sequence[str], timeout_s: float) -> None:
+        """Replace all that the mirror holds by `listing`, in one step as readers see it."""
+        ...
+
+    def append(
+        self, lease: Lease, batches: Sequence[Batch], *, counts: Sequence[tuple[int, int]], timeout_s: float
+    ) -> None:
+        """Add revisions; `counts` are (count, digest) after each.
+
+        Raises `Compacted` where the mirror does not stand at the incarnation and `previous` of one of them (those
+        before it were added): fill it.
+        """
+        ...
+
+    def prove(self, lease: Lease, position: Position, *, asked_at_us: int, timeout_s: float) -> None:
+        """Say that the authority, asked at `asked_at_us` of `clock`, had nothing newer than `position`.
+
+        Raises `Compacted` where the mirror does not stand at `position`.
+        """
         ...
