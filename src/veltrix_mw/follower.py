@@ -12,14 +12,14 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 from weakref import WeakSet
 
 from veltrix_mw.disk import LastKnownGood, Saved
 from veltrix_mw.errors import StoreError
 from veltrix_mw.faults import told
 from veltrix_mw.forking import FOLLOWERS, around_forks
-from veltrix_mw.protocols import Position, RawVersion, Store, Watch
+from veltrix_mw.protocols import Moved, Position, RawVersion, Store, Watch
 from veltrix_mw.replica import (
     Begun,
     Confirm,
@@ -49,7 +49,7 @@ from veltrix_mw.replica import (
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import RefreshOutcome, Telemetry
 
-__all__ = ["Follower"]
+__all__ = ["CALL_TIMEOUT_S", "LIST_TIMEOUT_S", "Follower", "halted_for_forks", "tell"]
 
 _log = logging.getLogger("veltrix_mw")
 
@@ -106,7 +106,7 @@ class Follower:
 
     def start(self) -> None:
         """Start the thread; returns at once."""
-        _running.add(self)
+        halted_for_forks(self)
         # An empty context: what runs in the background is no child of the request that happened to start it.
         self._thread = threading.Thread(
             target=contextvars.Context().run, args=(self._run,), name="veltrix-follower", daemon=True
@@ -170,7 +170,8 @@ class Follower:
                 return Decision(step)  # our own closing of the watch
             with self._acting:
                 decision = self._settle(Failed(self._clock(), exc, own_label=secrets.token_hex(8)))
-                self._failed(self, exc)
+                if not isinstance(exc, Moved):
+                    self._failed(self, exc)
                 return decision
 
     def _acted(self, step: Step) -> Decision:
@@ -207,7 +208,7 @@ class Follower:
         """Let the replica decide, tell its notices, and hand on what it publishes."""
         decision = self.replica.handle(event)
         for notice in decision.notices:
-            _tell(notice)
+            tell(notice)
         publication = decision.publication
         if publication is not None:
             if refresh is not None:
@@ -276,7 +277,8 @@ def _saved(snapshot: Snapshot, position: Position) -> Saved:
     )
 
 
-def _tell(notice: Notice) -> None:
+def tell(notice: Notice) -> None:
+    """Log what an operator may want to know."""
     fields = " ".join(f"{name}={value!r}" for name, value in notice.fields.items())
     _log.log(
         logging.getLevelName(notice.level.upper()),
@@ -289,8 +291,21 @@ def _tell(notice: Notice) -> None:
 
 # Forks
 
-_running: WeakSet[Follower] = WeakSet()
-_halted: list[Follower] = []
+
+class Acting(Protocol):
+    """Takes steps in a thread, each while it holds `_acting`."""
+
+    @property
+    def _acting(self) -> threading.RLock: ...
+
+
+_running: WeakSet[Acting] = WeakSet()
+_halted: list[Acting] = []
+
+
+def halted_for_forks(acting: Acting) -> None:
+    """From here on, let no fork happen in the middle of a step of `acting`; in a child it is forgotten."""
+    _running.add(acting)
 
 
 def _before_fork() -> None:

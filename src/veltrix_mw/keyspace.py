@@ -137,7 +137,7 @@ class Keyspace:
                 merged = {**released, **changes}
                 served, fault = self._tried(merged)
                 if fault is None:
-                    return self._accept(merged, served, revision)
+                    return self._accept(merged, served, revision, origin=batch.origin)
             assert fault is not None
             faults = dict.fromkeys(changes if fault.key is None else [fault.key], fault.reason)
         self._hold_back(batch, changes, faults)
@@ -223,13 +223,17 @@ class Keyspace:
                 return served, fault
         return served, None
 
-    def _accept(self, changes: Mapping[str, _Change], served: SortedMap, revision: int) -> frozenset[str]:
+    def _accept(
+        self, changes: Mapping[str, _Change], served: SortedMap, revision: int, *, origin: str = ""
+    ) -> frozenset[str]:
         rejected = self.snapshot.rejected
         if any(key in rejected for key in changes):
             rejected = {key: why for key, why in rejected.items() if key not in changes}
             for key in changes:
                 self._pending.pop(key, None)
-        self.snapshot = self.snapshot._succeeded(changes, revision=revision, rejected=rejected, served=served)
+        self.snapshot = self.snapshot._succeeded(
+            changes, revision=revision, rejected=rejected, served=served, origin=origin
+        )
         return frozenset(changes)
 
     def _hold_back(self, batch: Batch, changes: Mapping[str, _Change], faults: Mapping[str, str]) -> None:
@@ -244,7 +248,7 @@ class Keyspace:
                 self._pending[key] = changes[key]
             else:
                 self._pending.pop(key, None)
-        self.snapshot = self.snapshot._succeeded({}, revision=revision, rejected=rejected)
+        self.snapshot = self.snapshot._succeeded({}, revision=revision, rejected=rejected, origin=batch.origin)
 
     def _check_bounds(self, listing: Listing) -> None:
         if len(listing.entries) > self._max_entries:

@@ -92,13 +92,15 @@ class Listing:
 
     `entries` are (key, value, mod_revision), ascending by key, each key once; `position.revision` is the
     namespace's newest revision, 0 when nothing was ever written. `origin` is the tier that it came from, empty for
-    the store's own; `ignored` how many keys were passed over because they are none of ours, by their shape.
+    the store's own; `ignored` how many keys were passed over because they are none of ours, by their shape. `age_s` is
+    how old this was when it was asked for: 0 from the authority itself, the relay's own age from a mirror.
     """
 
     position: Position
     entries: Sequence[tuple[str, bytes, int]]
     origin: str = ""
     ignored: int = 0
+    age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +122,16 @@ class Batch:
 class Confirmation:
     """What the authority's newest revision is, by a linearizable query: `incarnation`, `revision`.
 
-    `count` is the number of eager entries in the namespace. `age_s` is how old that knowledge was when the question
-    was sent: 0 from the authority itself, the relay's own age from a mirror.
+    `count` is the number of eager entries in the namespace, None where that is not known. `age_s` is how old that knowledge was when the question
+    was sent: 0 from the authority itself, the relay's own age from a mirror. `digest` is the keyspace's (see
+    `Snapshot.digest`), where it is known.
     """
 
     incarnation: str
     revision: int
-    count: int
+    count: int | None
     age_s: float = 0.0
+    digest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,11 @@ class StoreInfo:
 
 
 class Moved(StoreUnavailable):
-    """The watch ends because another tier is followed from here on. Watch again at once."""
+    """Another tier is followed from here on. Watch again, in `after_s` seconds: a fleet does not move in step."""
+
+    def __init__(self, message: str, *, after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.after_s = after_s
 
 
 class Restored(Compacted):

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, StoreError
 from veltrix_mw.keyspace import Keyspace
-from veltrix_mw.protocols import Batch, ChangeRecord, Confirmation, Listing, Position, RawVersion, Restored
+from veltrix_mw.protocols import Batch, ChangeRecord, Confirmation, Listing, Moved, Position, RawVersion, Restored
 from veltrix_mw.snapshot import Rejection, Snapshot
 from veltrix_mw.sorted_map import Item
 
@@ -33,6 +33,7 @@ __all__ = [
     "Confirmed",
     "Crashed",
     "Decision",
+    "Distrusted",
     "Event",
     "Failed",
     "HistoryRead",
@@ -238,7 +239,28 @@ class Slept:
     now_s: float
 
 
-Event = Begun | Resumed | Crashed | Listed | Watching | Received | Confirmed | HistoryRead | Renewed | Failed | Slept
+@dataclass(frozen=True, slots=True)
+class Distrusted:
+    """What was handed on is no longer where it was put, says who took it: all of it is to be listed again."""
+
+    now_s: float
+    reason: str
+
+
+Event = (
+    Begun
+    | Resumed
+    | Crashed
+    | Listed
+    | Watching
+    | Received
+    | Confirmed
+    | HistoryRead
+    | Renewed
+    | Failed
+    | Slept
+    | Distrusted
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +392,8 @@ class Replica:
                 return self._after_failure(event)
             case Slept():
                 return self._resume()
+            case Distrusted():
+                return self._list_anew(event.reason)
 
     def _begin(self, event: Begun) -> Step:
         if event.saved is None:
@@ -402,14 +426,14 @@ class Replica:
             self._keyspace.restore(
                 listing,
                 incarnation=self._label(found.incarnation),
-                origin=self._origin,
-                proved_at_s=event.sent_at_s,
+                origin=listing.origin or self._origin,
+                proved_at_s=event.sent_at_s - listing.age_s,
             )
         except InvalidValue as exc:
             return self._back_off(StoreError(str(exc)))
         if position is not None and position.incarnation != found.incarnation:
             self._left.append(position.incarnation)
-            if position.incarnation and not self._take_any:
+            if position.incarnation and not position.incarnation.endswith("?") and not self._take_any:
                 # Nobody minted it while we looked: a start from a file, and the store is another one.
                 self._notice("veltrix.restored", "warning", incarnation=found.incarnation, revision=found.revision)
         self._take_any = False
@@ -468,14 +492,20 @@ class Replica:
         if now.revision > position.revision:
             # It may be on its way: the watch gets a moment to bring it.
             self._expected = (now.revision, event.now_s + GRACE_S)
-        elif now.count != self._keyspace.entry_count:
+        elif now.count is not None and now.count != self._keyspace.entry_count:
             return self._list_anew("the number of entries differs")
+        elif now.digest is not None and now.digest != self.snapshot.digest:
+            return self._list_anew("the digest differs")
         else:
-            self.snapshot._proof.at_s = event.sent_at_s
+            # A mirror may know of an older proof than the authority gave us before.
+            proof = self.snapshot._proof
+            proof.at_s = max(proof.at_s, event.sent_at_s - now.age_s)
         return self._follow(event.now_s)
 
     def _after_failure(self, event: Failed) -> Step:
         error, step = event.error, self._step
+        if isinstance(error, Moved):
+            return self._move(error)
         self.error = error
         position = self._position
         if isinstance(error, Restored) and position is not None and not isinstance(step, (List, Renew)):
@@ -499,6 +529,12 @@ class Replica:
                 return self._list_anew(str(error))
             case _:
                 return self._back_off(error)
+
+    def _move(self, moved: Moved) -> Step:
+        """Watch on elsewhere: nothing has failed that is followed from here on."""
+        self._unconfirmed = 0
+        self._notice("veltrix.failover", "warning", reason=str(moved), after_s=round(moved.after_s, 3))
+        return Sleep(moved.after_s)
 
     def _go_on_unconfirmed(self, event: Failed) -> Step:
         """Watch on and ask again later; what is served ages meanwhile."""

@@ -247,14 +247,15 @@ class Snapshot(Mapping[str, Any]):
         revision: int,
         rejected: Mapping[str, Rejection],
         served: SortedMap | None = None,
+        origin: str = "",
     ) -> Snapshot:
         """The next snapshot: `changes` to what is served (`served`, if that was made already), and the
-        rejections that hold from now on."""
+        rejections that hold from now on; `origin` where the tier is another one."""
         following = Snapshot(
             self._entries.updated(changes) if served is None else served,
             revision=revision,
             incarnation=self._incarnation,
-            origin=self._origin,
+            origin=origin or self._origin,
             rejected=rejected,
             proof=Proof(self._proof.at_s),
         )

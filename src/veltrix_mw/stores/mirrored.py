@@ -1,0 +1,317 @@
+"""The mirrored store: an authority that orders writes, and a mirror of it that most workers follow.
+
+Owns the way of each call: writes, past and linearizable reads go to the authority; list, watch and confirm to the tier
+that `tiers` names. Decides nothing itself about when a tier is left, and knows no backend.
+
+A worker that leaves the mirror resumes on the authority at its own revision, and the other way round: both carry the
+authority's incarnations, revisions and fingerprints.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Final
+
+from veltrix_mw.errors import Compacted, StoreError, StoreUnavailable
+from veltrix_mw.protocols import (
+    Batch,
+    ChangeRecord,
+    Confirmation,
+    Listing,
+    Mirror,
+    MirrorState,
+    Moved,
+    Position,
+    RawOperation,
+    RawVersion,
+    Store,
+    StoreInfo,
+    Watch,
+)
+from veltrix_mw.stores.tiers import Tier, Tiers
+
+__all__ = ["MirroredStore"]
+
+LOOK_TIMEOUT_S: Final = 0.5
+"""The most that a look at the mirror may keep the authority's changes waiting."""
+
+FIRST_LOOK_TIMEOUT_S: Final = 1.0
+"""What a start grants the mirror, before the authority is asked."""
+
+
+class MirroredStore:
+    """A store that is followed through a mirror while that is well, and at its authority otherwise.
+
+    What it lists and watches never goes back within an incarnation, whichever tier answers. Thread-safe; usable after
+    a fork as its tiers are.
+    """
+
+    def __init__(
+        self,
+        authority: Store,
+        mirror: Mirror,
+        *,
+        random: Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.authority = authority
+        self.mirror = mirror
+        self._random = random
+        self._clock = clock
+        # Protects the tiers: the follower asks them, `status` and writers look.
+        self._lock = threading.Lock()
+        self._tiers = self._new_tiers()
+        self._served = False  # whether anything was listed by this process
+        self._pid = os.getpid()
+
+    def _new_tiers(self) -> Tiers:
+        # Seeded by the process: the workers of a preloaded server fork from one state, and would move in step.
+        return Tiers(lazy=self.info.lazy, random=self._random or Random(f"{os.getpid()} {time.time_ns()}"))
+
+    @property
+    def info(self) -> StoreInfo:
+        return self.authority.info
+
+    @property
+    def tiers(self) -> Tiers:
+        """What was decided, to look at."""
+        return self._tiers
+
+    # --- followed
+
+    def list(self, *, timeout_s: float) -> Listing:
+        self._renew_after_fork()
+        deadline_s = self._clock() + timeout_s
+        if self._chosen() is Tier.MIRROR:
+            listing = self._list_of_mirror(timeout_s, needs_fresh=True)
+            if listing is not None:
+                return listing
+            with self._lock:
+                self._tiers.leave_at_once(self._clock())
+        sent_at_s = self._clock()
+        try:
+            listing = self.authority.list(timeout_s=max(0.1, deadline_s - sent_at_s))
+        except StoreUnavailable:
+            # Nothing is served yet: what a mirror knew some time ago, and says how old it is, is better.
+            listing = None if self._served else self._list_of_mirror(timeout_s, needs_fresh=False)
+            if listing is None:
+                raise
+            return listing
+        self._stands(listing.position, sent_at_s)
+        self._served = True
+        return replace(listing, origin=self.authority.info.origin)
+
+    def watch(self, position: Position, *, timeout_s: float) -> Watch:
+        self._renew_after_fork()
+        self._stands(position, -math.inf)
+        if self._chosen() is Tier.AUTHORITY:
+            return _AuthorityWatch(self, self.authority.watch(position, timeout_s=timeout_s))
+        try:
+            return _MirrorWatch(self, self.mirror.watch(position, timeout_s=timeout_s))
+        except StoreError as exc:
+            raise self._left_mirror(exc) from exc
+
+    def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
+        self._renew_after_fork()
+        self._stands(position, -math.inf)
+        sent_at_s = self._clock()
+        if self._chosen() is Tier.AUTHORITY:
+            confirmation = self.authority.confirm(position, timeout_s=timeout_s)
+            if (confirmation.incarnation, confirmation.revision) == (position.incarnation, position.revision):
+                self._stands(position, sent_at_s)
+            return confirmation
+        state = self._ask_mirror(timeout_s)
+        if state is None:
+            raise StoreUnavailable(f"the mirror does not say where it stands: {self._tiers.fault}")
+        with self._lock:
+            refused = self._tiers.refuses(state, sent_at_s=sent_at_s)
+        if refused:
+            raise StoreUnavailable(f"the mirror is not believed: {refused}")
+        if state.position.incarnation != position.incarnation:
+            raise Compacted("the mirror holds a new incarnation of the authority; list again")
+        if state.position == position:
+            self._stands(position, sent_at_s - state.age_s)
+        return Confirmation(
+            state.position.incarnation,
+            state.position.revision,
+            # A mirror that leaves out less than this process counts what this process does not hold.
+            state.count if self._is_alike(state) else None,
+            age_s=state.age_s,
+            digest=state.digest if self._is_alike(state) else None,
+        )
+
+    def _is_alike(self, state: MirrorState) -> bool:
+        return set(state.lazy) == set(self.info.lazy)
+
+    def _is_eager(self, key: str) -> bool:
+        return not key.startswith(self.info.lazy)
+
+    # --- written and remembered: the authority's alone
+
+    def commit(self, operations: Sequence[RawOperation], record: ChangeRecord, *, timeout_s: float) -> int:
+        return self.authority.commit(operations, record, timeout_s=timeout_s)
+
+    def read(self, keys: Sequence[str], revision: int | None, *, timeout_s: float) -> dict[str, tuple[bytes, int]]:
+        return self.authority.read(keys, revision, timeout_s=timeout_s)
+
+    def renew_incarnation(self, known: str, *, timeout_s: float) -> str:
+        return self.authority.renew_incarnation(known, timeout_s=timeout_s)
+
+    def history(self, key: str, *, limit: int, timeout_s: float) -> Sequence[RawVersion]:
+        return self.authority.history(key, limit=limit, timeout_s=timeout_s)
+
+    def list_at(self, revision: int, *, timeout_s: float) -> Listing:
+        return self.authority.list_at(revision, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Close both tiers. Idempotent; a later call opens anew."""
+        self.mirror.close()
+        self.authority.close()
+
+    # --- the mirror
+
+    def _list_of_mirror(self, timeout_s: float, *, needs_fresh: bool) -> Listing | None:
+        """What the mirror holds, if it is to be believed; `needs_fresh`: and if it is well."""
+        sent_at_s = self._clock()
+        state = self._ask_mirror(min(timeout_s, FIRST_LOOK_TIMEOUT_S))
+        if state is None:
+            return None
+        with self._lock:
+            usable = not self._tiers.fault if needs_fresh else not self._tiers.refuses(state, sent_at_s=sent_at_s)
+        if not usable:
+            return None
+        try:
+            listing = self.mirror.list(timeout_s=timeout_s)
+        except StoreError as exc:
+            self._note_failure(exc)
+            return None
+        held = MirrorState(listing.position, lazy=state.lazy, age_s=listing.age_s)
+        with self._lock:
+            if self._tiers.refuses(held, sent_at_s=sent_at_s):
+                return None  # it went back while it was listed
+        self._stands(listing.position, sent_at_s - listing.age_s)
+        self._served = True
+        if self._is_alike(state):
+            return listing
+        return replace(listing, entries=[entry for entry in listing.entries if self._is_eager(entry[0])])
+
+    def _ask_mirror(self, timeout_s: float) -> MirrorState | None:
+        """Where the mirror stands, told to the tiers; None where it does not say."""
+        sent_at_s = self._clock()
+        try:
+            state = self.mirror.state(timeout_s=timeout_s)
+        except StoreError as exc:
+            self._note_failure(exc)
+            return None
+        with self._lock:
+            self._tiers.answered(state, sent_at_s=sent_at_s, now_s=self._clock())
+        return state
+
+    def _left_mirror(self, error: StoreError) -> StoreError:
+        """What to raise where the mirror failed as it was followed."""
+        if isinstance(error, Compacted):
+            return Compacted(str(error))  # list again, of whichever tier; never a verdict on the authority's history
+        if self._ask_mirror(LOOK_TIMEOUT_S) is not None:
+            with self._lock:
+                if not self._tiers.is_leaving:
+                    # It answers, so its relay may fill it within moments; the authority need not see everybody.
+                    return StoreUnavailable(f"the mirror cannot be followed: {self._tiers.fault or error}")
+        with self._lock:
+            after_s = self._tiers.leave(self._clock())
+        return Moved(f"the mirror is left for the authority: {error}", after_s=after_s)
+
+    def _note_failure(self, error: StoreError) -> None:
+        with self._lock:
+            self._tiers.failed(str(error), now_s=self._clock())
+
+    # --- the tiers
+
+    def _chosen(self) -> Tier:
+        with self._lock:
+            return self._tiers.choose(self._clock())
+
+    def _stands(self, position: Position, known_s: float) -> None:
+        with self._lock:
+            self._tiers.stands(position, known_s=known_s)
+
+    def _renew_after_fork(self) -> None:
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._lock = threading.Lock()  # a thread of the parent may have held it
+            floor, known_s = self._tiers._floor, self._tiers._floor_known_s
+            self._tiers = self._new_tiers()
+            if floor is not None:
+                self._tiers.stands(floor, known_s=known_s)
+
+
+class _MirrorWatch:
+    """A watch on the mirror: ends with `Moved` when the mirror is to be left."""
+
+    def __init__(self, store: MirroredStore, watch: Watch) -> None:
+        self._store = store
+        self._watch = watch
+
+    def next(self, timeout_s: float) -> Sequence[Batch]:
+        store = self._store
+        now_s = store._clock()
+        with store._lock:
+            due, left_s = store._tiers.is_due(now_s), store._tiers.next_move_s(now_s)
+            fault = store._tiers.fault
+        if due:
+            raise Moved(f"the mirror is left for the authority: {fault}")
+        try:
+            batches = self._watch.next(min(timeout_s, left_s))
+        except StoreError as exc:
+            raise store._left_mirror(exc) from exc
+        if not batches:
+            return batches
+        store._stands(batches[-1].position, -math.inf)
+        if not store.info.lazy:
+            return batches
+        return [
+            replace(batch, changes=tuple(change for change in batch.changes if store._is_eager(change.key)))
+            for batch in batches
+        ]
+
+    def close(self) -> None:
+        self._watch.close()
+
+
+class _AuthorityWatch:
+    """A watch on the authority that looks at the mirror now and then, and ends with `Moved` when that is well."""
+
+    def __init__(self, store: MirroredStore, watch: Watch) -> None:
+        self._store = store
+        self._watch = watch
+        self._closed = False
+
+    def next(self, timeout_s: float) -> Sequence[Batch]:
+        store = self._store
+        deadline_s = store._clock() + timeout_s
+        while True:
+            now_s = store._clock()
+            with store._lock:
+                tiers = store._tiers
+                due, looking, look_s = tiers.is_due(now_s), tiers.is_looking_due(now_s), tiers.look_in_s(now_s)
+            if due:
+                raise Moved("the mirror is well again, and followed from here on")
+            if looking and not self._closed:
+                store._ask_mirror(LOOK_TIMEOUT_S)
+                continue
+            batches = self._watch.next(max(0.0, min(deadline_s - now_s, look_s)))
+            if batches:
+                store._stands(batches[-1].position, -math.inf)
+                origin = store.authority.info.origin
+                return [replace(batch, origin=origin) for batch in batches]
+            if store._clock() >= deadline_s:
+                return batches
+
+    def close(self) -> None:
+        self._closed = True
+        self._watch.close()

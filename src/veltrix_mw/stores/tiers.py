@@ -1,0 +1,198 @@
+"""Tiers: decides which of authority and mirror is followed, from what each of them said.
+
+Owns the rules of leaving the mirror, of coming back, and of what a mirror is not believed. Pure: no thread, socket or
+clock in here; every call brings the time (`now_s`, monotonic seconds). Knows no store: `mirrored` asks the tiers and
+tells what they answered.
+
+A mirror is never ahead of its authority, so what it says is a statement about a past moment: of `age_s` ago. It is
+believed where that moment is later than the last one at which this process knew better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from enum import StrEnum
+from random import Random
+from typing import Final
+
+from veltrix_mw.protocols import MirrorState, Position
+
+__all__ = ["LEAVE_WITHIN_S", "RETURN_WITHIN_S", "STALE_AFTER_S", "Tier", "Tiers"]
+
+LEAVE_WITHIN_S: Final = 2.0
+"""A fleet that loses its mirror reaches the authority spread over this time."""
+
+STALE_AFTER_S: Final = 10.0
+"""A mirror that nobody feeds is left after this: longer than a relay's takeover (7 s)."""
+
+RETURN_WITHIN_S: Final = 2.0
+"""A fleet whose mirror is back returns spread over this time."""
+
+LOOK_EVERY_S: Final = 2.0
+"""How often a worker that follows the authority looks whether the mirror is well again ..."""
+
+LOOK_MOST_S: Final = 5.0
+"""... and while it does not answer: each look may keep changes waiting for as long as it takes to fail."""
+
+
+class Tier(StrEnum):
+    """Which of the two."""
+
+    MIRROR = "mirror"
+    AUTHORITY = "authority"
+
+
+class Tiers:
+    """Where this process follows, and why.
+
+    `current` moves by itself, when `choose` is called after its time has come. Single-threaded.
+    """
+
+    def __init__(self, *, lazy: Sequence[str] = (), random: Random | None = None) -> None:
+        self._lazy = tuple(lazy)
+        self._random = Random() if random is None else random
+        self.current = Tier.MIRROR
+        self.moves = 0
+        # What the mirror last said, and what is wrong with it: '' while it is well.
+        self.mirror: MirrorState | None = None
+        self.fault = ""
+        self.fault_kind = "standby"
+        self._fault_since_s: float | None = None
+        self._move_at_s: float | None = None
+        self._look_at_s = 0.0
+        self._looks_failed = 0
+        # The newest that this process knows of the authority: where, and when that was known to be its newest.
+        self._floor: Position | None = None
+        self._floor_known_s = -math.inf
+        self._left: deque[str] = deque(maxlen=64)
+
+    # What happened
+
+    def stands(self, position: Position, *, known_s: float) -> None:
+        """This process is at `position`, which was the authority's newest at `known_s` (-inf: nobody asked)."""
+        floor = self._floor
+        if floor is not None and floor.incarnation != position.incarnation:
+            self._left.append(floor.incarnation)
+        if floor is not None and floor.incarnation == position.incarnation and floor.revision > position.revision:
+            return
+        self._floor = position
+        self._floor_known_s = max(self._floor_known_s, known_s)
+
+    def answered(self, state: MirrorState, *, sent_at_s: float, now_s: float) -> None:
+        """The mirror said where it stands."""
+        self.mirror = state
+        self._looks_failed = 0
+        self._look_at_s = now_s + LOOK_EVERY_S * self._random.uniform(0.8, 1.2)
+        kind, why, patience_s = self._judged(state, sent_at_s)
+        if not why:
+            self._well(now_s)
+        else:
+            self._faulty(kind, why, patience_s, now_s)
+
+    def failed(self, reason: str, *, now_s: float) -> None:
+        """The mirror could not be asked, or broke off."""
+        self._looks_failed = min(self._looks_failed + 1, 8)
+        most_s = min(LOOK_MOST_S, LOOK_EVERY_S * 2.0 ** (self._looks_failed - 1))
+        self._look_at_s = now_s + most_s * self._random.uniform(0.8, 1.2)
+        self._faulty("unreachable", reason, 0.0, now_s)
+
+    # What to do
+
+    def choose(self, now_s: float) -> Tier:
+        """The tier to address now."""
+        if self._move_at_s is not None and now_s >= self._move_at_s:
+            self._move_at_s = None
+            self.moves += 1
+            self.current = Tier.AUTHORITY if self.current is Tier.MIRROR else Tier.MIRROR
+        return self.current
+
+    def leave(self, now_s: float) -> float:
+        """Leave a mirror that failed as it was followed: in how many seconds the authority is to be asked."""
+        if self.current is Tier.AUTHORITY:
+            return 0.0
+        if self._move_at_s is None:
+            self._move_at_s = now_s + self._random.uniform(0, LEAVE_WITHIN_S)
+        return max(0.0, self._move_at_s - now_s)
+
+    def leave_at_once(self, now_s: float) -> None:
+        """Follow the authority from here on: nothing is served yet, so nothing can wait."""
+        if self.current is Tier.MIRROR:
+            self._move_at_s = now_s
+            self.choose(now_s)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the tier that is followed is to be left, now or soon."""
+        return self._move_at_s is not None
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether the tier that is followed is to be left now."""
+        return self._move_at_s is not None and now_s >= self._move_at_s
+
+    def look_in_s(self, now_s: float) -> float:
+        """In how many seconds the mirror is to be asked, by a worker that follows the authority."""
+        if self.current is Tier.MIRROR:
+            return math.inf
+        moves_s = math.inf if self._move_at_s is None else self._move_at_s - now_s
+        return max(0.0, min(self._look_at_s - now_s, moves_s))
+
+    def next_move_s(self, now_s: float) -> float:
+        """In how many seconds the tier that is followed is to be left; inf where it is to be kept."""
+        return math.inf if self._move_at_s is None else max(0.0, self._move_at_s - now_s)
+
+    def is_looking_due(self, now_s: float) -> bool:
+        """Whether it is time to ask the mirror."""
+        return self.current is Tier.AUTHORITY and now_s >= self._look_at_s
+
+    def refuses(self, state: MirrorState, *, sent_at_s: float) -> str:
+        """Why what the mirror holds is not taken; empty where it may be."""
+        position, floor = state.position, self._floor
+        if not position.incarnation:
+            return "it is empty"
+        if not set(state.lazy) <= set(self._lazy):
+            missing = ", ".join(sorted(set(state.lazy) - set(self._lazy)))
+            return f"it leaves out {missing}, which this process reads eagerly"
+        if floor is None or not floor.incarnation:
+            return ""
+        if position.incarnation == floor.incarnation:
+            if position.revision < floor.revision:
+                return f"it is behind: at revision {position.revision}, and this process at {floor.revision}"
+            return ""
+        if position.incarnation in self._left or sent_at_s - state.age_s <= self._floor_known_s:
+            return "it holds an incarnation that the authority has left"
+        return ""
+
+    # Rules
+
+    def _judged(self, state: MirrorState, sent_at_s: float) -> tuple[str, str, float]:
+        """What is wrong with the mirror: of which kind, in words, and for how long that is put up with (s)."""
+        why = self.refuses(state, sent_at_s=sent_at_s)
+        if why:
+            covered = set(state.lazy) <= set(self._lazy)
+            kind = "uncovered" if not covered else "behind" if state.position.incarnation else "empty"
+            return kind, why, STALE_AFTER_S if covered else 0.0
+        if state.age_s > STALE_AFTER_S:
+            told = "never" if math.isinf(state.age_s) else f"{state.age_s:.0f} s ago"
+            return "stale", f"its relay asked the authority {told}", 0.0
+        floor = self._floor
+        if self.current is Tier.AUTHORITY and floor is not None and floor.incarnation != state.position.incarnation:
+            return "behind", "it holds another incarnation than the authority", 0.0
+        return "", "", 0.0
+
+    def _well(self, now_s: float) -> None:
+        self.fault, self.fault_kind, self._fault_since_s = "", "standby", None
+        if self.current is Tier.MIRROR:
+            self._move_at_s = None
+        elif self._move_at_s is None:
+            self._move_at_s = now_s + self._random.uniform(0, RETURN_WITHIN_S)
+
+    def _faulty(self, kind: str, why: str, patience_s: float, now_s: float) -> None:
+        self.fault, self.fault_kind = why, kind
+        if self._fault_since_s is None:
+            self._fault_since_s = now_s
+        if self.current is Tier.AUTHORITY:
+            self._move_at_s = None
+        elif self._move_at_s is None and now_s >= self._fault_since_s + patience_s:
+            self._move_at_s = now_s + self._random.uniform(0, LEAVE_WITHIN_S)
