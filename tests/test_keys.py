@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from veltrix_mw.errors import InvalidKey, SettingsError, VeltrixError
-from veltrix_mw.keys import MAX_KEY_BYTES, check_key, check_namespace, check_prefix, is_key
+from veltrix_mw.keys import MAX_KEY_BYTES, check_key, check_namespace, check_prefix, is_key, outermost
 
 ALPHABET = set(string.ascii_letters + string.digits + "._~:@-")
 
@@ -127,3 +127,11 @@ def test_an_error_is_short_whatever_came(check: Any) -> None:
 
 def test_the_longest_key_has_512_bytes() -> None:
     assert MAX_KEY_BYTES == 512
+
+
+def test_of_prefixes_that_lie_in_each_other_the_outermost_are_kept_in_order() -> None:
+    given = ["users/", "tenants/acme/", "tenants-x/", "tenants/", "tenants/acme/eu/", "users/", "t/"]
+    assert outermost(given) == ("t/", "tenants-x/", "tenants/", "users/")
+    assert outermost([]) == ()
+    with pytest.raises(InvalidKey, match="must end with '/'"):
+        outermost(["users"])

@@ -6,11 +6,12 @@ Owns the syntax of names; knows nothing of values or stores.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 from veltrix_mw.errors import InvalidKey, SettingsError
 
-__all__ = ["MAX_KEY_BYTES", "check_key", "check_namespace", "check_prefix", "is_key"]
+__all__ = ["MAX_KEY_BYTES", "check_key", "check_namespace", "check_prefix", "is_key", "outermost"]
 
 MAX_KEY_BYTES: Final = 512
 """The longest key, in bytes of UTF-8 (the alphabet is ASCII, so also in characters)."""
@@ -48,6 +49,16 @@ def check_prefix(prefix: object) -> str:
     if not is_key(prefix[:-1]):
         raise InvalidKey(f"{prefix[:80]!r} is not a prefix: write {_SHAPE}, then '/'")
     return prefix
+
+
+def outermost(prefixes: Iterable[str]) -> tuple[str, ...]:
+    """The prefixes in order, each once, without those that lie in another of them; or raise `InvalidKey`."""
+    kept: list[str] = []
+    for prefix in sorted({check_prefix(prefix) for prefix in prefixes}):
+        # What lies in a prefix sorts after it, and before all that does not.
+        if not kept or not prefix.startswith(kept[-1]):
+            kept.append(prefix)
+    return tuple(kept)
 
 
 def check_namespace(namespace: object) -> str:

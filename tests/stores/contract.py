@@ -467,6 +467,44 @@ class StoreContract:
         delete(written, "c")
         assert written.confirm(here(written), timeout_s=WITHIN_S).count == 2
 
+    # --- lazy prefixes
+
+    def test_lazy_prefixes_are_left_out(
+        self, harness: Harness, store: Store, watching: Callable[[Store, Position], Watch]
+    ) -> None:
+        lazy = harness.open(lazy=("tenants/", "users/", "tenants/acme/"))
+        start = put(store, "a", b"1")
+        watch = watching(lazy, here(lazy))
+        # Beside the prefixes, and in the gap between them: what only looks like them is eager.
+        eager = ("tenants", "tenants-", "tenants0", "u", "users.", "users0", "z")
+        left_out = ("tenants/acme", "tenants/acme/limit", "tenants/b/c", "users/1")
+        mixed = write(store, *(RawOperation(key, b"1") for key in (*eager, *left_out)))
+        unseen = put(store, "users/1", b"2")
+        gone = write(store, RawOperation("users/1", MISSING), RawOperation("z", MISSING))
+        assert set(lazy.info.lazy) >= {"tenants/", "users/"}
+        assert set(entries(lazy)) == {"a", *eager} - {"z"}
+        assert set(entries(lazy, mixed)) == {"a", *eager}
+        assert set(entries(store)) == {"a", *eager, *left_out} - {"z", "users/1"}
+        assert here(lazy) == here(store)
+        assert lazy.confirm(here(lazy), timeout_s=WITHIN_S).count == len(eager)
+        batches = drain(watch, gone)
+        assert [(batch.previous, batch.position.revision) for batch in batches] == [
+            (start, mixed),
+            (mixed, unseen),
+            (unseen, gone),
+        ]
+        assert [[change.key for change in batch.changes] for batch in batches] == [["a", *eager][1:], [], ["z"]]
+        assert lazy.confirm(batches[1].position, timeout_s=WITHIN_S).revision == gone
+
+    def test_a_lazy_prefix_can_be_written_and_read_by_key(self, harness: Harness) -> None:
+        lazy = harness.open(lazy=("users/",))
+        revision = put(lazy, "users/1", b"1")
+        with pytest.raises(Conflict):
+            put(lazy, "users/1", b"2", expected=0)
+        assert lazy.read(["users/1"], None, timeout_s=WITHIN_S) == {"users/1": (b"1", revision)}
+        assert [version.value for version in lazy.history("users/1", limit=9, timeout_s=WITHIN_S)] == [b"1"]
+        assert (entries(lazy), here(lazy).revision) == ({}, revision)
+
     # --- another history
 
     @pytest.mark.parametrize("other", ["incarnation", "revision", "fingerprint"])

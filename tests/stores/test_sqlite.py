@@ -534,12 +534,16 @@ def test_a_write_to_a_file_that_was_replaced_meanwhile_is_not_acknowledged(
 
 
 @pytest.mark.parametrize(
-    "fault", ["DELETE FROM versions WHERE key = 'a'", "UPDATE versions SET revision = 3 WHERE key = 'a'"]
+    "fault", ["DELETE FROM versions WHERE key = 'a/b'", "UPDATE versions SET revision = 3 WHERE key = 'a/b'"]
 )
-def test_a_listing_that_contradicts_its_own_sums_is_refused(path: Path, open_store: OpenStore, fault: str) -> None:
-    store = open_store(path)
-    put(store, "a", b"1")
+@pytest.mark.parametrize("lazy", [(), ("a/",)], ids=["eager", "lazy"])
+def test_a_listing_that_contradicts_its_own_sums_is_refused(
+    path: Path, open_store: OpenStore, fault: str, lazy: tuple[str, ...]
+) -> None:
+    store = open_store(path, lazy=lazy)
+    put(store, "a/b", b"1")
     put(store, "b", b"1")
+    store.list(timeout_s=1)
     with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute(fault)
     with pytest.raises(StoreError, match=r"two histories.*\.restore"):

@@ -17,6 +17,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 from veltrix_mw.errors import Compacted, StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
+from veltrix_mw.keys import outermost
 from veltrix_mw.protocols import (
     Batch,
     ChangeRecord,
@@ -169,13 +170,19 @@ class MemoryStore:
         namespace: str = "default",
         keep_revisions: int = 10_000,
         keep_bytes: int = 64 * 1024 * 1024,
+        lazy: Sequence[str] = (),
     ) -> None:
-        """`keep_revisions` and `keep_bytes` (of values) bound the history; the newest revision is always kept."""
+        """`keep_revisions` and `keep_bytes` (of values) bound the history; the newest revision is always kept.
+
+        `lazy` are the prefixes that are left out wherever the namespace is listed, watched or counted.
+        """
         self._keyspace = _shared(name, namespace) if name else _Keyspace()
         self._watches: WeakSet[_MemoryWatch] = WeakSet()
         self._keep_revisions = keep_revisions
         self._keep_bytes = keep_bytes
-        self._info = StoreInfo("memory", f"memory://{name}", namespace, Limits(max_value_bytes=MAX_VALUE_BYTES))
+        self._lazy = outermost(lazy)
+        limits = Limits(max_value_bytes=MAX_VALUE_BYTES)
+        self._info = StoreInfo("memory", f"memory://{name}", namespace, limits, self._lazy)
 
     @property
     def info(self) -> StoreInfo:
@@ -184,21 +191,28 @@ class MemoryStore:
     def list(self, *, timeout_s: float) -> Listing:
         with self._held(timeout_s) as keyspace:
             position = keyspace.position(keyspace.revision)
-            entries = [(key, value, revision) for key, (value, revision) in keyspace.entries.items()]
+            entries = [
+                (key, value, revision)
+                for key, (value, revision) in keyspace.entries.items()
+                if not key.startswith(self._lazy)
+            ]
         entries.sort()
         return Listing(position, entries)
 
     def watch(self, position: Position, *, timeout_s: float) -> _MemoryWatch:
         with self._held(timeout_s) as keyspace:
             keyspace.check(position)
-            watch = _MemoryWatch(keyspace, position)
+            watch = _MemoryWatch(keyspace, position, self._lazy)
             self._watches.add(watch)
         return watch
 
     def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
         with self._held(timeout_s) as keyspace:
             keyspace.check(position)
-            return Confirmation(keyspace.incarnation, keyspace.revision, len(keyspace.entries))
+            count = len(keyspace.entries)
+            if self._lazy:
+                count -= sum(key.startswith(self._lazy) for key in keyspace.entries)
+            return Confirmation(keyspace.incarnation, keyspace.revision, count)
 
     def commit(self, operations: Sequence[RawOperation], record: ChangeRecord, *, timeout_s: float) -> int:
         if not operations:
@@ -231,7 +245,8 @@ class MemoryStore:
     def list_at(self, revision: int, *, timeout_s: float) -> Listing:
         with self._held(timeout_s) as keyspace:
             keyspace.check_past(revision)
-            found = [(key, keyspace.at(key, revision)) for key in sorted(keyspace.versions)]
+            keys = sorted(key for key in keyspace.versions if not key.startswith(self._lazy))
+            found = [(key, keyspace.at(key, revision)) for key in keys]
             return Listing(
                 keyspace.position(revision), [(key, entry[0], entry[1]) for key, entry in found if entry is not None]
             )
@@ -257,9 +272,10 @@ class MemoryStore:
 class _MemoryWatch:
     """A watch on a keyspace; woken by its condition, so a change is seen at once."""
 
-    def __init__(self, keyspace: _Keyspace, position: Position) -> None:
+    def __init__(self, keyspace: _Keyspace, position: Position, lazy: tuple[str, ...]) -> None:
         self._keyspace = keyspace
         self._position = position
+        self._lazy = lazy
         self._closed = False
 
     def next(self, timeout_s: float) -> Sequence[Batch]:
@@ -292,7 +308,8 @@ class _MemoryWatch:
 
     def _batch(self, revision: int) -> Batch:
         made = self._keyspace.revisions[revision]
-        return Batch(self._keyspace.position(revision), revision - 1, made.changes, made.record)
+        changes = tuple(change for change in made.changes if not change.key.startswith(self._lazy))
+        return Batch(self._keyspace.position(revision), revision - 1, changes, made.record)
 
 
 def _shared(name: str, namespace: str) -> _Keyspace:

@@ -25,6 +25,7 @@ from urllib.parse import quote
 from weakref import WeakSet
 
 from veltrix_mw.errors import Compacted, StoreUnavailable
+from veltrix_mw.keys import outermost
 from veltrix_mw.protocols import (
     Batch,
     ChangeRecord,
@@ -47,6 +48,12 @@ __all__ = ["SqliteStore"]
 _MAX_BATCHES: Final = 256  # revisions one `next` returns at most ...
 _MAX_BATCH_BYTES: Final = 1024 * 1024  # ... and bytes of values, but for one revision that is larger itself
 
+
+# The entries in one span of keys, as they are now.
+_NEWEST: Final = (
+    "FROM versions INDEXED BY versions_newest "
+    "WHERE namespace = ? AND key >= ? AND key < ? AND until IS NULL AND value IS NOT NULL"
+)
 
 # INDEXED BY: left to itself SQLite walks the whole namespace for `new`, at every commit.
 _FORGOTTEN: Final = (
@@ -90,18 +97,25 @@ class SqliteStore:
         keep_revisions: int = 10_000,
         keep_bytes: int = 64 * 1024 * 1024,
         poll_s: float = 0.025,
+        lazy: Sequence[str] = (),
     ) -> None:
         """Name the file; nothing is opened.
 
         `timeout_s` is how long a watch puts up with a locked file before it fails. `keep_revisions` and `keep_bytes`
         (of values) bound the history; the newest revision is always kept. `poll_s` is how often a watch looks for
-        other processes' changes: 25 ms, so that 100 ms hold with room to spare, at less than 1 % of a core.
+        other processes' changes: 25 ms, so that 100 ms hold with room to spare, at less than 1 % of a core. `lazy`
+        are the prefixes that are left out wherever the namespace is listed, watched or counted.
         """
         path = os.path.abspath(path)  # a later change of the working directory changes nothing
         url = f"sqlite:///{quote(os.fsencode(path))}"
         query = "" if namespace == "default" else f"?namespace={quote(namespace)}"
         self._file = SqliteFile(path, hint=f"veltrix --url '{url}{query}' put KEY VALUE")
-        self._info = StoreInfo("sqlite", url, namespace, Limits(max_value_bytes=MAX_VALUE_BYTES))
+        self._lazy = outermost(lazy)
+        # '0' is the character after '/', which ends each prefix. No key holds the last character that there is.
+        edges = ["", *(edge for prefix in self._lazy for edge in (prefix, prefix[:-1] + "0")), "\U0010ffff"]
+        self._eager_spans = tuple(zip(edges[0::2], edges[1::2], strict=True))
+        self._lazy_spans = tuple(zip(edges[1:-1:2], edges[2:-1:2], strict=True))
+        self._info = StoreInfo("sqlite", url, namespace, Limits(max_value_bytes=MAX_VALUE_BYTES), self._lazy)
         self._timeout_s = timeout_s
         self._keep_revisions = keep_revisions
         self._keep_bytes = keep_bytes
@@ -120,12 +134,20 @@ class SqliteStore:
         with self._file.session(timeout_s) as db, db.reading():
             head = self._head(db)
             position = _position(db, head, head.revision)
-            entries = db.execute(
-                "SELECT key, value, revision FROM versions INDEXED BY versions_newest "
-                "WHERE namespace = ? AND until IS NULL AND value IS NOT NULL ORDER BY key",
-                (head.id,),
-            ).fetchall()
-        if len(entries) != head.entries or sum(entry[2] for entry in entries) != head.checksum:
+            entries = [
+                entry
+                for span in self._eager_spans
+                for entry in db.execute(
+                    f"SELECT key, value, revision {_NEWEST} ORDER BY key",
+                    (head.id, *span),
+                )
+            ]
+            # Left out, but not unchecked: the sums are those of all entries.
+            count, checksum = len(entries), sum(entry[2] for entry in entries)
+            for span in self._lazy_spans:
+                count += db.one(f"SELECT COUNT(*) {_NEWEST}", (head.id, *span))
+                checksum += db.one(f"SELECT COALESCE(SUM(revision), 0) {_NEWEST}", (head.id, *span))
+        if count != head.entries or checksum != head.checksum:
             raise self._file.mixed()
         return Listing(position, entries)
 
@@ -140,7 +162,12 @@ class SqliteStore:
         with self._file.session(timeout_s) as db, db.reading():
             head = self._head(db)
             _check_position(db, head, position)
-        return Confirmation(head.incarnation, head.revision, head.entries)
+            count = head.entries
+            if self._lazy:
+                # Of the eager ones, which are bounded; the lazy ones may be any number.
+                spans = self._eager_spans
+                count = sum(db.one(f"SELECT COUNT(*) {_NEWEST}", (head.id, *span)) for span in spans)
+        return Confirmation(head.incarnation, head.revision, count)
 
     # --- written
 
@@ -208,11 +235,16 @@ class SqliteStore:
             head = self._head(db)
             _check_past(head, revision)
             position = _position(db, head, revision)
-            entries = db.execute(
-                "SELECT key, value, revision FROM versions INDEXED BY versions_by_key WHERE namespace = ? "
-                "AND revision <= ? AND (until IS NULL OR until > ?) AND value IS NOT NULL ORDER BY key",
-                (head.id, revision, revision),
-            ).fetchall()
+            entries = [
+                entry
+                for span in self._eager_spans
+                for entry in db.execute(
+                    "SELECT key, value, revision FROM versions INDEXED BY versions_by_key "
+                    "WHERE namespace = ? AND key >= ? AND key < ? "
+                    "AND revision <= ? AND (until IS NULL OR until > ?) AND value IS NOT NULL ORDER BY key",
+                    (head.id, *span, revision, revision),
+                )
+            ]
         return Listing(position, entries)
 
     def close(self) -> None:
@@ -348,7 +380,7 @@ class _SqliteWatch:
         with db.reading():
             head = self._store._head(db)
             _check_position(db, head, self._position)
-            batches = _batches(db, head, self._position.revision)
+            batches = _batches(db, head, self._position.revision, self._store._lazy)
         if batches:
             self._position = batches[-1].position
         if self._position.revision == head.revision:
@@ -506,7 +538,7 @@ def _forget(db: Connection, namespace: int, oldest: int) -> int:
     return size
 
 
-def _batches(db: Connection, head: _Head, applied: int) -> list[Batch]:
+def _batches(db: Connection, head: _Head, applied: int, lazy: tuple[str, ...]) -> list[Batch]:
     """The revisions after `applied`, as many as one call returns."""
     batches: list[Batch] = []
     size = 0
@@ -526,7 +558,7 @@ def _batches(db: Connection, head: _Head, applied: int) -> list[Batch]:
             Batch(
                 Position(head.incarnation, revision, mark),
                 revision - 1,
-                tuple(RawChange(key, _value(raw)) for key, raw in changes),
+                tuple(RawChange(key, _value(raw)) for key, raw in changes if not key.startswith(lazy)),
                 ChangeRecord(*record),
             )
         )
