@@ -1,0 +1,365 @@
+"""The store in Redis: Redis as the authority, for small teams.
+
+Owns what is committed and what of the past can be read. Knows nothing of connections (`redis_link`), of names and
+encodings (`redis_layout`), nor of how a keyspace is read at one revision (`redis_reading`).
+
+Each revision is one run of one script, which changes the entries and adds what it did to the stream. An entry of the
+stream also says what each key was before: the past is the present with the stream undone, as far as the stream reaches.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Final
+
+from veltrix_mw.errors import Compacted, StoreError, StoreUnavailable
+from veltrix_mw.keys import outermost
+from veltrix_mw.protocols import (
+    ChangeRecord,
+    Confirmation,
+    Limits,
+    Listing,
+    Position,
+    RawOperation,
+    RawVersion,
+    Restored,
+    StoreInfo,
+)
+from veltrix_mw.stores.conditions import check
+from veltrix_mw.stores.redis_layout import (
+    AUTHORITY,
+    COMMIT,
+    META_FIELDS,
+    RENEW,
+    Meta,
+    Names,
+    StreamEntry,
+    encode_record,
+    meta_of,
+    stored_of,
+    stream_id,
+)
+from veltrix_mw.stores.redis_link import Connection, RedisLink
+from veltrix_mw.stores.redis_reading import Page, Reader, RedisWatch, Torn, entries_of
+from veltrix_mw.values import MAX_VALUE_BYTES, MISSING, Missing
+
+__all__ = ["RedisStore"]
+
+_MAX_OPERATIONS: Final = 1_000  # four words each in one `XADD`, of the 8,000 that Lua may pass to a command
+_MAX_TRANSACTION_BYTES: Final = 32 * 1024 * 1024  # half of what Redis lets a client have on its way
+
+Stored = tuple[bytes, int]
+
+
+class _Rules:
+    """What an authority makes of what was found.
+
+    An authority that was there before and is gone is never an empty one.
+    """
+
+    kind = AUTHORITY
+
+    def __init__(self) -> None:
+        self.was_there = False
+
+    def nothing(self, names: Names) -> StoreError | None:
+        if not self.was_there:
+            return None
+        return StoreUnavailable(
+            f"the keys of {names.base}* are gone: flushed, evicted, or Redis restarted without them. What was read "
+            "before is served on. Restore a backup, or write everything anew; and set maxmemory-policy noeviction and "
+            "appendonly yes"
+        )
+
+    def other_history(self, reason: str) -> StoreError:
+        return Restored(f"{reason}; list again")
+
+    def ahead(self, position: Position, newest: int) -> StoreError:
+        return Restored(f"revision {position.revision} is not in Redis any more, the newest is {newest}; list again")
+
+
+class RedisStore:
+    """A namespace in one Redis server, which orders its writes.
+
+    An acknowledged write is as safe as the server's own persistence makes it. Thread-safe; usable after a fork.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int = 6379,
+        *,
+        db: int = 0,
+        namespace: str = "default",
+        tls: bool = False,
+        user: str | None = None,
+        password: str | None = None,
+        ca: str | None = None,
+        cert: str | None = None,
+        key: str | None = None,
+        timeout_s: float = 2.0,
+        keep_revisions: int = 10_000,
+        lazy: Sequence[str] = (),
+    ) -> None:
+        """Name the server; nothing is opened.
+
+        `ca`, `cert` and `key` are PEM files; without `ca` the system's authorities are trusted. `timeout_s` is how long
+        a watch waits for a server that does not answer. `keep_revisions` bounds the stream. `lazy` are the prefixes
+        that are left out wherever the namespace is listed, watched or counted.
+        """
+        self._link = RedisLink(
+            host,
+            port,
+            db=db,
+            namespace=namespace,
+            tls=tls,
+            user=user,
+            password=password,
+            ca=ca,
+            cert=cert,
+            key=key,
+        )
+        self._names = Names(namespace)
+        self._rules = _Rules()
+        self._reader = Reader(self._link, self._names, self._rules)
+        self._timeout_s = timeout_s
+        self._keep_revisions = keep_revisions
+        self._lazy = outermost(lazy)
+        limits = Limits(MAX_VALUE_BYTES, _MAX_OPERATIONS, _MAX_TRANSACTION_BYTES)
+        self._info = StoreInfo("redis", self._link.url, namespace, limits, self._lazy)
+        # How many eager entries there were at a position; replaced whole, so it needs no lock.
+        self._eager: tuple[Position, int] | None = None
+
+    @property
+    def info(self) -> StoreInfo:
+        return self._info
+
+    # --- followed
+
+    def list(self, *, timeout_s: float) -> Listing:
+        listed = self._reader.list(timeout_s)
+        entries = listed.ascending(self._lazy)
+        if listed.meta is not None:
+            self._rules.was_there = True
+            self._eager = listed.position, len(entries)
+        return Listing(listed.position, entries)
+
+    def watch(self, position: Position, *, timeout_s: float) -> RedisWatch:
+        self._know(position)
+        return self._reader.watch(position, timeout_s=timeout_s, patience_s=self._timeout_s / 2, lazy=self._lazy)
+
+    def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
+        self._know(position)
+        with self._link.session(timeout_s) as connection:
+            meta = self._reader.check(connection, position)
+            if meta is None:
+                return Confirmation("", 0, 0)
+            self._rules.was_there = True
+            count = self._count_eager(connection, meta) if self._lazy else meta.count
+        return Confirmation(meta.position.incarnation, meta.revision, count)
+
+    # --- written
+
+    def commit(self, operations: Sequence[RawOperation], record: ChangeRecord, *, timeout_s: float) -> int:
+        if not operations:
+            raise ValueError("a transaction needs at least one operation")
+        arguments: list[str | bytes] = [
+            secrets.token_hex(8),
+            secrets.token_hex(8),
+            encode_record(record),
+            str(self._keep_revisions),
+        ]
+        for operation in operations:
+            gone = isinstance(operation.value, Missing)
+            expected = "" if operation.expected is None else str(operation.expected)
+            arguments += [operation.key, "-" if gone else "+", operation.value or b"", expected]
+        with self._link.session(timeout_s) as connection:
+            said, *rest = connection.run(COMMIT, (self._names.entries, self._names.changes), arguments)
+            if said == b"conflict":
+                operation, now = operations[int(rest[0])], rest[1]
+                value, revision = stored_of(operation.key.encode(), now) if now else (b"", 0)
+                check(operation, revision, lambda: value)
+                raise AssertionError(f"the script refused what holds: {operation.key}")
+        self._check_said(said, rest)
+        self._rules.was_there = True
+        return int(rest[0])
+
+    def read(self, keys: Sequence[str], revision: int | None, *, timeout_s: float) -> dict[str, Stored]:
+        with self._link.session(timeout_s) as connection:
+            meta, found = self._read_now(connection, keys)
+            if revision is not None:
+                _check_exists(revision, meta)
+                self._undo(connection, found, meta, revision)
+        return {key: found[key] for key in keys if key in found}
+
+    def renew_incarnation(self, known: str, *, timeout_s: float) -> str:
+        with self._link.session(timeout_s) as connection:
+            keys = self._names.entries, self._names.changes
+            said, *rest = connection.run(RENEW, keys, (known, secrets.token_hex(8)))
+        self._check_said(said, rest)
+        self._rules.was_there = True
+        renewed: str = rest[0].decode()
+        return renewed
+
+    # --- remembered
+
+    def history(self, key: str, *, limit: int, timeout_s: float) -> Sequence[RawVersion]:
+        """The kept versions of one key, newest first.
+
+        Of what a key was before the stream begins only the last version is known, without its record.
+        """
+        versions: list[RawVersion] = []
+        with self._link.session(timeout_s) as connection:
+            meta, found = self._read_now(connection, [key])
+            now, below = found.get(key), 0 if meta is None else meta.revision
+            while len(versions) < limit:
+                if now is None:
+                    entry = self._deletion_of(connection, key, below)
+                    if entry is None:
+                        break
+                    versions.append(RawVersion(key, MISSING, entry.position.revision, entry.record))
+                else:
+                    value, revision = now
+                    entry = self._entry_at(connection, revision)
+                    if entry is None or key not in entry.before:
+                        versions.append(RawVersion(key, value, revision, ChangeRecord()))
+                        break
+                    versions.append(RawVersion(key, value, revision, entry.record))
+                now, below = entry.before[key], entry.position.revision - 1
+        return versions
+
+    def list_at(self, revision: int, *, timeout_s: float) -> Listing:
+        with self._link.session(timeout_s) as connection:
+            listed = self._reader.list_in(connection)
+            _check_exists(revision, listed.meta)
+            position = self._undo(connection, listed.entries, listed.meta, revision)
+        return Listing(position, listed.ascending(self._lazy))
+
+    def close(self) -> None:
+        """End the watches and close every connection. Idempotent; a later call opens anew."""
+        self._reader.close()
+
+    # ---
+
+    def _know(self, position: Position) -> None:
+        """Who follows a history has seen it: this object may be a fresh one in a process that restarted."""
+        if position.incarnation and position.revision:
+            self._rules.was_there = True
+
+    def _check_said(self, said: bytes, rest: Sequence[bytes]) -> None:
+        """Raise unless a script did what it was to do."""
+        names = self._names
+        match said:
+            case b"ok":
+                return
+            case b"kind":
+                raise self._reader.wrong_kind()
+            case b"gone":
+                raise self._reader.gone()
+            case b"ahead":
+                raise StoreError(
+                    f"{names.changes} at {self._link.url} is ahead of {names.entries}, so one of them is of another "
+                    "time; restore both from one backup"
+                )
+            case _:
+                what = f"field {rest[0].decode(errors='backslashreplace')[:80]!r}" if rest else "a key without our meta"
+                raise self._link.not_ours(f"{names.entries}, {what},")
+
+    def _read_now(self, connection: Connection, keys: Sequence[str]) -> tuple[Meta | None, dict[str, Stored]]:
+        """The meta and the present ones of `keys`, of one moment: they are fields of one hash."""
+        values: list[bytes | None] = connection.execute("HMGET", self._names.entries, *META_FIELDS, *keys)
+        meta = meta_of(values[: len(META_FIELDS)])
+        if meta is None:
+            if self._reader.meta(connection) is not None:
+                raise Torn("it was written to for the first time in between; try again")
+            return None, {}
+        self._reader.check_kind(meta)
+        self._rules.was_there = True
+        found = zip(keys, values[len(META_FIELDS) :], strict=True)
+        return meta, {key: stored_of(key.encode(), raw) for key, raw in found if raw is not None}
+
+    def _undo(self, connection: Connection, entries: dict[str, Stored], meta: Meta | None, revision: int) -> Position:
+        """Turn what `entries` are at `meta` into what they were at `revision`; returns the position there.
+
+        Of a part of the keyspace, keys that were not in it at `meta` come in as well; who read a part picks from it.
+        """
+        if meta is None:
+            return Position("", 0)
+        if revision == meta.revision:
+            return meta.position
+        at, page = meta.position, Page()
+        while at.revision > revision:
+            start, end = stream_id(max(1, revision)), stream_id(at.revision)
+            found = entries_of(connection.execute("XREVRANGE", self._names.changes, end, start, "COUNT", page.count))
+            page.saw(found)
+            for entry in found:
+                if entry.position.revision != at.revision or entry.relist:
+                    raise self._compacted(revision)
+                if at.revision == revision:
+                    break
+                for key, before in entry.before.items():
+                    if before is None:
+                        entries.pop(key, None)
+                    else:
+                        entries[key] = before
+                at = Position(meta.position.incarnation, entry.previous, entry.previous_mark)
+            if not found:
+                raise self._compacted(revision)
+        if at.revision != revision or (revision and self._entry_at(connection, revision) is None):
+            raise self._compacted(revision)
+        return at
+
+    @staticmethod
+    def _compacted(revision: int) -> Compacted:
+        return Compacted(f"revision {revision} is no longer kept in the stream; ask for a newer one")
+
+    def _entry_at(self, connection: Connection, revision: int) -> StreamEntry | None:
+        at = stream_id(revision)
+        found = entries_of(connection.execute("XRANGE", self._names.changes, at, at))
+        return found[0] if found else None
+
+    def _deletion_of(self, connection: Connection, key: str, below: int) -> StreamEntry | None:
+        """The newest entry, at `below` or before, that deleted `key`."""
+        page = Page()
+        while below > 0:
+            found = entries_of(
+                connection.execute("XREVRANGE", self._names.changes, stream_id(below), "-", "COUNT", page.count)
+            )
+            page.saw(found)
+            for entry in found:
+                if entry.before.get(key) is not None:
+                    return entry
+            if not found:
+                return None
+            below = found[-1].previous
+        return None
+
+    def _count_eager(self, connection: Connection, meta: Meta) -> int:
+        """How many eager entries there are at `meta`: those counted last, and what the stream says of each since."""
+        known = self._eager
+        if known is not None and known[0].incarnation == meta.position.incarnation:
+            count = known[1]
+            try:
+                for entry in self._reader.stream(connection, known[0], meta.position):
+                    for change in entry.changes:
+                        if not change.key.startswith(self._lazy):
+                            was_there = entry.before.get(change.key) is not None
+                            count += (change.value is not MISSING) - was_there
+            except Torn:
+                pass  # trimmed, or another history: count anew
+            else:
+                self._eager = meta.position, count
+                return count
+        listed = self._reader.list_in(connection)
+        if listed.position != meta.position:
+            raise Torn("it was written to while it was counted; try again")
+        count = len(listed.ascending(self._lazy))
+        self._eager = meta.position, count
+        return count
+
+
+def _check_exists(revision: int, meta: Meta | None) -> None:
+    newest = 0 if meta is None else meta.revision
+    if not 0 <= revision <= newest:
+        raise ValueError(f"there is no revision {revision}; the newest is {newest}")

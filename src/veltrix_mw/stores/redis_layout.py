@@ -1,0 +1,507 @@
+"""The layout of a namespace in Redis: its keys, what they hold, and the scripts that change them.
+
+Owns names, encodings and the Lua texts, for an authority and a mirror alike; docs/redis-layout.md says the same for
+people. Pure: knows no connection, and decodes no value.
+
+A script either changes everything it has to or nothing. Redis undoes nothing of a script that fails half-way, so each
+checks first, and makes the one write that may fail (`XADD`) before all others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha1
+from typing import Any, Final
+
+from veltrix_mw.keys import is_key
+from veltrix_mw.protocols import Batch, ChangeRecord, MirrorState, Position, RawChange
+from veltrix_mw.values import MISSING, Missing
+
+__all__ = [
+    "APPEND",
+    "AUTHORITY",
+    "COMMIT",
+    "ELECT",
+    "FILL",
+    "KEEP",
+    "MAX_CHANGES",
+    "META_FIELDS",
+    "MIRROR",
+    "PROVE",
+    "RENEW",
+    "RESIGN",
+    "Meta",
+    "Names",
+    "NotOurs",
+    "Script",
+    "StreamEntry",
+    "age_of",
+    "append_arguments",
+    "encode_record",
+    "meta_of",
+    "pairs_of",
+    "state_of",
+    "stored_of",
+    "stream_entry_of",
+    "stream_id",
+]
+
+FORMAT: Final = b"1"
+AUTHORITY: Final = b"authority"
+MIRROR: Final = b"mirror"
+
+MAX_CHANGES: Final = 3_000
+"""Changes that one stream entry holds: Lua passes a command fewer than 8,000 words, and a change takes two."""
+
+
+class NotOurs(ValueError):
+    """Something in the namespace that this library did not write; `what` names it, and never holds a value."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+
+class Names:
+    """The keys of one namespace.
+
+    The braces make the namespace's name the hash tag, so that a Redis Cluster keeps them all on one node.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self.base = f"veltrix:{{{namespace}}}:"
+        self.entries = f"{self.base}entries"
+        self.changes = f"{self.base}changes"
+        self.lease = f"{self.base}lease"
+        self.token = f"{self.base}token"
+        self.wanted = f"{self.base}wanted"
+
+    def filling(self, token: int) -> str:
+        """Where the relay of that fencing token prepares what will replace the entries."""
+        return f"{self.base}filling:{token}"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script and the name Redis knows it by: its SHA-1."""
+
+    text: str
+
+    @property
+    def sha(self) -> str:
+        return sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+# Meta: what the entries' hash says of itself, in fields that no key can be called.
+
+META_FIELDS: Final = (
+    "#format",
+    "#kind",
+    "#incarnation",
+    "#revision",
+    "#mark",
+    "#count",
+    "#digest",
+    "#lazy",
+    "#proved",
+    "#token",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """Where a namespace stands. `digest`, `lazy`, `proved_us` and `token` are a mirror's."""
+
+    kind: bytes
+    position: Position
+    count: int
+    digest: int = 0
+    lazy: tuple[str, ...] = ()
+    proved_us: int | None = None
+    token: int = 0
+
+    @property
+    def revision(self) -> int:
+        return self.position.revision
+
+
+def meta_of(values: Sequence[bytes | None]) -> Meta | None:
+    """The meta in the values of `META_FIELDS`; None where the hash has none."""
+    form, kind, incarnation, revision, mark, count, digest, lazy, proved, token = values
+    if form is None:
+        return None
+    if form != FORMAT:
+        raise NotOurs("field '#format' of another version of this library, or of none")
+    try:
+        return Meta(
+            kind or b"",
+            Position((incarnation or b"").decode(), int(revision or b""), (mark or b"").decode()),
+            int(count or b""),
+            int(digest or 0),
+            tuple((lazy or b"").decode().split()),
+            int(proved) if proved else None,
+            int(token or 0),
+        )
+    except ValueError:
+        raise NotOurs("field '#revision', '#count' or another that begins with '#', with a value that") from None
+
+
+def state_of(meta: Meta | None, now_us: int, lease: bytes | None) -> MirrorState:
+    """A mirror's state, `now_us` by the clock that `#proved` is of."""
+    relay = "" if lease is None else lease.partition(b" ")[2].decode(errors="replace")
+    if meta is None:
+        return MirrorState(Position("", 0), relay=relay)
+    return MirrorState(meta.position, meta.count, meta.digest, meta.lazy, age_of(meta, now_us), relay)
+
+
+def age_of(meta: Meta, now_us: int) -> float:
+    """How many seconds ago the authority was asked; inf if it never was."""
+    return float("inf") if meta.proved_us is None else max(0.0, (now_us - meta.proved_us) / 1e6)
+
+
+# Entries
+
+
+def stored_of(field: bytes, raw: bytes) -> tuple[bytes, int]:
+    """The value and `mod_revision` in a field of the entries' hash, or of a stream entry."""
+    revision, space, value = raw.partition(b" ")
+    if not space or not revision.isdigit():
+        raise NotOurs(f"field {_shown(field)} whose value does not begin with a revision")
+    return value, int(revision)
+
+
+def pairs_of(reply: Sequence[bytes]) -> list[tuple[str, bytes, int]]:
+    """The entries in an HSCAN page of the hash: fields and values in turn. Meta are passed over."""
+    found = []
+    for at in range(0, len(reply), 2):
+        field = reply[at]
+        if field.startswith(b"#"):
+            continue
+        found.append((_key(field), *stored_of(field, reply[at + 1])))
+    return found
+
+
+def _key(field: bytes) -> str:
+    key = field.decode("ascii", errors="replace")
+    if not is_key(key):
+        raise NotOurs(f"field {_shown(field)}, which is no key,")
+    return key
+
+
+def _shown(field: bytes) -> str:
+    return repr(field[:80].decode(errors="backslashreplace"))
+
+
+# The stream of changes
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEntry:
+    """One revision in the stream.
+
+    `previous` is the position before it, of the incarnation that the entry has. `before` is what an authority's entry
+    says of each changed key as it was: value and `mod_revision`, None where it was absent. `relist`: the changes are
+    not in here, list instead.
+    """
+
+    position: Position
+    previous: int
+    previous_mark: str
+    changes: tuple[RawChange, ...]
+    before: dict[str, tuple[bytes, int] | None]
+    record: ChangeRecord
+    relist: bool
+    size: int
+
+    def batch(self, *, lazy: tuple[str, ...] = (), origin: str = "") -> Batch:
+        changes = self.changes
+        if lazy:
+            changes = tuple(change for change in changes if not change.key.startswith(lazy))
+        return Batch(self.position, self.previous, changes, self.record, origin)
+
+
+def stream_id(revision: int) -> str:
+    return f"{revision}-0"
+
+
+def stream_entry_of(entry_id: bytes, fields: Sequence[bytes]) -> StreamEntry:
+    """The stream entry of that id; its fields and values in turn, in any order."""
+    revision, _, sequence = entry_id.partition(b"-")
+    said: dict[bytes, bytes] = {}
+    changes: list[RawChange] = []
+    before: dict[str, tuple[bytes, int] | None] = {}
+    size = 0
+    for at in range(0, len(fields), 2):
+        field, value = fields[at], fields[at + 1]
+        size += len(value)
+        mark = field[:1]
+        if mark == b"+":
+            changes.append(RawChange(_key(field[1:]), value))
+        elif mark == b"-":
+            changes.append(RawChange(_key(field[1:]), MISSING))
+        elif mark == b"~":
+            before[_key(field[1:])] = stored_of(field, value) if value else None
+        else:
+            said[field] = value
+    try:
+        if sequence != b"0":
+            raise ValueError(entry_id)
+        previous, _, previous_mark = said[b"prev"].decode().partition(" ")
+        changes.sort(key=lambda change: change.key)
+        return StreamEntry(
+            Position(said[b"incarnation"].decode(), int(revision), said[b"mark"].decode()),
+            int(previous),
+            previous_mark,
+            tuple(changes),
+            before,
+            _record(said.get(b"record", b"")),
+            b"relist" in said,
+            size,
+        )
+    except (KeyError, ValueError):
+        raise NotOurs(f"stream entry {_shown(entry_id)} that") from None
+
+
+def encode_record(record: ChangeRecord) -> bytes:
+    """A change record as JSON; what is empty is left out."""
+    said: dict[str, str | float] = {
+        "author": record.author,
+        "reason": record.reason,
+        "time_s": record.time_s,
+        "traceparent": record.traceparent,
+    }
+    return json.dumps({name: value for name, value in said.items() if value}, separators=(",", ":")).encode()
+
+
+def _record(raw: bytes) -> ChangeRecord:
+    """The record in `raw`; what cannot be read of it is empty: who wrote a change decides nothing."""
+    try:
+        said: Any = json.loads(raw or b"{}")
+    except (ValueError, RecursionError):
+        return ChangeRecord()
+    if not isinstance(said, dict):
+        return ChangeRecord()
+    texts = {name: said[name] for name in ("author", "reason", "traceparent") if isinstance(said.get(name), str)}
+    time_s = said.get("time_s")
+    return ChangeRecord(**texts, time_s=float(time_s) if isinstance(time_s, (int, float)) else 0.0)
+
+
+# Scripts. Revisions are written as decimal text: Lua's numbers are exact up to 2^53, and lose that in `..`.
+
+COMMIT: Final = Script(
+    """-- KEYS entries, changes; ARGV incarnation if none, mark, record, revisions kept; then each operation's key,
+-- '+' or '-', value, and expected mod_revision ('' for any)
+local entries, changes = KEYS[1], KEYS[2]
+local meta = redis.call('HMGET', entries, '#format', '#kind', '#incarnation', '#revision', '#mark', '#count')
+if not meta[1] then
+  if redis.call('EXISTS', entries) == 1 then return {'foreign'} end
+  if redis.call('EXISTS', changes) == 1 then return {'gone'} end
+  meta = {'1', 'authority', ARGV[1], '0', '', '0'}
+elseif meta[1] ~= '1' then return {'foreign'}
+elseif meta[2] ~= 'authority' then return {'kind'} end
+local revision = string.format('%.0f', tonumber(meta[4]) + 1)
+local count = tonumber(meta[6])
+local said = {'prev', meta[4] .. ' ' .. meta[5], 'incarnation', meta[3], 'mark', ARGV[2], 'record', ARGV[3]}
+local put, gone = {}, {}
+for at = 5, #ARGV, 4 do
+  local key, kind, value, expected = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
+  local now = redis.call('HGET', entries, key)
+  local mod = '0'
+  if now then
+    mod = string.match(now, '^(%d+) ')
+    if not mod then return {'foreign', key} end
+  end
+  if (expected ~= '' and expected ~= mod) or (kind == '-' and not now) then
+    return {'conflict', (at - 5) / 4, now or ''}
+  end
+  said[#said + 1] = kind .. key
+  said[#said + 1] = value
+  said[#said + 1] = '~' .. key
+  said[#said + 1] = now or ''
+  if kind == '-' then
+    gone[#gone + 1] = key
+    count = count - 1
+  else
+    put[#put + 1] = key
+    put[#put + 1] = revision .. ' ' .. value
+    if not now then count = count + 1 end
+  end
+end
+local added = redis.pcall('XADD', changes, 'MAXLEN', ARGV[4], revision .. '-0', unpack(said))
+if type(added) == 'table' and added.err then
+  if string.find(added.err, 'ID specified', 1, true) then return {'ahead'} end
+  return added
+end
+for from = 1, #put, 2000 do redis.call('HSET', entries, unpack(put, from, math.min(from + 1999, #put))) end
+if #gone > 0 then redis.call('HDEL', entries, unpack(gone)) end
+redis.call('HSET', entries, '#format', '1', '#kind', 'authority', '#incarnation', meta[3], '#revision', revision,
+  '#mark', ARGV[2], '#count', string.format('%.0f', count))
+return {'ok', revision, meta[3]}
+"""
+)
+
+RENEW: Final = Script(
+    """-- KEYS entries, changes; ARGV the incarnation known, the one to replace it
+local meta = redis.call('HMGET', KEYS[1], '#format', '#kind', '#incarnation')
+if not meta[1] then
+  if redis.call('EXISTS', KEYS[1]) == 1 then return {'foreign'} end
+  if redis.call('EXISTS', KEYS[2]) == 1 or ARGV[1] ~= '' then return {'gone'} end
+  redis.call('HSET', KEYS[1], '#format', '1', '#kind', 'authority', '#incarnation', ARGV[2], '#revision', '0',
+    '#mark', '', '#count', '0')
+  return {'ok', ARGV[2]}
+end
+if meta[1] ~= '1' then return {'foreign'} end
+if meta[2] ~= 'authority' then return {'kind'} end
+if meta[3] ~= ARGV[1] then return {'ok', meta[3]} end
+redis.call('HSET', KEYS[1], '#incarnation', ARGV[2])
+return {'ok', ARGV[2]}
+"""
+)
+
+ELECT: Final = Script(
+    """-- KEYS lease, token, entries; ARGV holder, milliseconds
+local meta = redis.call('HMGET', KEYS[3], '#format', '#kind', '#token')
+if meta[1] and meta[2] ~= 'mirror' then return {'kind'} end
+if not meta[1] and redis.call('EXISTS', KEYS[3]) == 1 then return {'foreign'} end
+local held = redis.call('GET', KEYS[1])
+if held then
+  local left = redis.call('PTTL', KEYS[1])
+  if left < 0 then
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
+    left = tonumber(ARGV[2])
+  end
+  return {'held', held, left}
+end
+local last = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(meta[3] or '0'))
+local token = string.format('%.0f', last + 1)
+redis.call('SET', KEYS[2], token)
+redis.call('SET', KEYS[1], token .. ' ' .. ARGV[1], 'PX', ARGV[2])
+return {'ok', token}
+"""
+)
+
+KEEP: Final = Script(
+    f"""-- KEYS lease, entries; ARGV the lease, milliseconds
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {{'lost'}} end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return {{'ok', redis.call('HMGET', KEYS[2], {", ".join(repr(name) for name in META_FIELDS)}), redis.call('TIME')}}
+"""
+)
+
+RESIGN: Final = Script(
+    """-- KEYS lease; ARGV the lease
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return {'ok'}
+"""
+)
+
+APPEND: Final = Script(
+    """-- KEYS entries, changes, lease; ARGV the lease, its token, incarnation, previous revision, revision, mark,
+-- record, count, digest, revisions kept, '1' to leave the changes out of the stream; then '+key' or '-key', and value
+if redis.call('GET', KEYS[3]) ~= ARGV[1] then return {'lost'} end
+local entries, revision = KEYS[1], ARGV[5]
+local meta = redis.call('HMGET', entries, '#format', '#kind', '#incarnation', '#revision', '#mark', '#token')
+if meta[1] and meta[2] ~= 'mirror' then return {'kind'} end
+if meta[1] ~= '1' or meta[3] ~= ARGV[3] or meta[4] ~= ARGV[4] then return {'elsewhere'} end
+if tonumber(meta[6] or '0') > tonumber(ARGV[2]) then return {'lost'} end
+local said = {'prev', meta[4] .. ' ' .. (meta[5] or ''), 'incarnation', ARGV[3], 'mark', ARGV[6], 'record', ARGV[7]}
+local put, gone = {}, {}
+for at = 12, #ARGV, 2 do
+  local key = string.sub(ARGV[at], 2)
+  if string.sub(ARGV[at], 1, 1) == '+' then
+    put[#put + 1] = key
+    put[#put + 1] = revision .. ' ' .. ARGV[at + 1]
+  else
+    gone[#gone + 1] = key
+  end
+  if ARGV[11] ~= '1' then
+    said[#said + 1] = ARGV[at]
+    said[#said + 1] = ARGV[at + 1]
+  end
+end
+if ARGV[11] == '1' then
+  said[#said + 1] = 'relist'
+  said[#said + 1] = '1'
+end
+local added = redis.pcall('XADD', KEYS[2], 'MAXLEN', '~', ARGV[10], revision .. '-0', unpack(said))
+if type(added) == 'table' and added.err then
+  if string.find(added.err, 'ID specified', 1, true) then return {'elsewhere'} end
+  return added
+end
+for from = 1, #put, 2000 do redis.call('HSET', entries, unpack(put, from, math.min(from + 1999, #put))) end
+for from = 1, #gone, 2000 do redis.call('HDEL', entries, unpack(gone, from, math.min(from + 1999, #gone))) end
+redis.call('HSET', entries, '#revision', revision, '#mark', ARGV[6], '#count', ARGV[8], '#digest', ARGV[9],
+  '#token', ARGV[2])
+return {'ok'}
+"""
+)
+
+FILL: Final = Script(
+    """-- KEYS what was prepared, entries, changes, lease; ARGV the lease, its token, incarnation, revision, mark,
+-- count, digest, lazy prefixes
+if redis.call('GET', KEYS[4]) ~= ARGV[1] then return {'lost'} end
+local filling, entries, changes = KEYS[1], KEYS[2], KEYS[3]
+local meta = redis.call('HMGET', entries, '#format', '#kind', '#incarnation', '#revision', '#token')
+if meta[1] then
+  if meta[2] ~= 'mirror' then return {'kind'} end
+  if tonumber(meta[5] or '0') > tonumber(ARGV[2]) then return {'lost'} end
+  if meta[3] == ARGV[3] and tonumber(meta[4]) > tonumber(ARGV[4]) then return {'backwards', meta[4]} end
+elseif redis.call('EXISTS', entries) == 1 then return {'foreign'} end
+local last = redis.call('XREVRANGE', changes, '+', '-', 'COUNT', 1)[1]
+if last then
+  local ours = false
+  for at = 1, #last[2], 2 do ours = ours or last[2][at] == 'incarnation' end
+  if not ours then return {'foreign'} end
+end
+if redis.call('HLEN', filling) ~= tonumber(ARGV[6]) then return {'torn'} end
+redis.call('HSET', filling, '#format', '1', '#kind', 'mirror', '#incarnation', ARGV[3], '#revision', ARGV[4],
+  '#mark', ARGV[5], '#count', ARGV[6], '#digest', ARGV[7], '#lazy', ARGV[8], '#token', ARGV[2])
+redis.call('PERSIST', filling)
+redis.call('UNLINK', entries, changes)
+redis.call('RENAME', filling, entries)
+if ARGV[4] ~= '0' then
+  redis.call('XADD', changes, ARGV[4] .. '-0', 'prev', ARGV[4] .. ' ' .. ARGV[5], 'incarnation', ARGV[3],
+    'mark', ARGV[5], 'relist', '1')
+end
+return {'ok'}
+"""
+)
+
+PROVE: Final = Script(
+    """-- KEYS entries, lease; ARGV the lease, incarnation, revision, mark, microseconds
+if redis.call('GET', KEYS[2]) ~= ARGV[1] then return {'lost'} end
+local meta = redis.call('HMGET', KEYS[1], '#kind', '#incarnation', '#revision', '#mark', '#proved')
+if meta[1] ~= 'mirror' or meta[2] ~= ARGV[2] or meta[3] ~= ARGV[3] or (ARGV[4] ~= '' and meta[4] ~= ARGV[4]) then
+  return {'elsewhere'}
+end
+if tonumber(meta[5] or '-1') < tonumber(ARGV[5]) then redis.call('HSET', KEYS[1], '#proved', ARGV[5]) end
+return {'ok'}
+"""
+)
+
+
+def append_arguments(
+    batch: Batch, *, lease: str, token: int, count: int, digest: int, keep_revisions: int
+) -> list[str | bytes]:
+    """What `APPEND` takes to add one revision."""
+    position = batch.position
+    arguments: list[str | bytes] = [
+        lease,
+        str(token),
+        position.incarnation,
+        str(batch.previous),
+        str(position.revision),
+        position.fingerprint,
+        encode_record(batch.record),
+        str(count),
+        str(digest),
+        str(keep_revisions),
+        "1" if len(batch.changes) > MAX_CHANGES else "0",
+    ]
+    for change in batch.changes:
+        gone = isinstance(change.value, Missing)
+        arguments.append(f"-{change.key}" if gone else f"+{change.key}")
+        arguments.append(b"" if isinstance(change.value, Missing) else change.value)
+    return arguments

@@ -1,0 +1,537 @@
+"""The link to a Redis server: connections, deadlines, and what its errors mean.
+
+Owns sockets (also across a fork), authentication, TLS and the translation of errors; the only module that knows the
+driver. Knows nothing of revisions, nor of what a reply means.
+
+Of redis-py the protocol is used, not the client: its client retries ten times by itself, and has a timeout for each
+read where a call needs one for the whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+from weakref import WeakSet
+
+from veltrix_mw.errors import AuthFailed, SettingsError, StoreError, StoreUnavailable
+from veltrix_mw.forking import STORES, around_forks
+from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
+
+try:
+    import redis
+    from redis import exceptions as errors
+    from redis.connection import Connection as _DriverConnection
+except ImportError as exc:
+    raise SettingsError("redis:// needs the driver redis: pip install 'veltrix-mw[redis]'") from exc
+
+__all__ = ["Command", "Connection", "RedisLink"]
+
+Command = Sequence["str | bytes | int"]
+
+_MAX_IDLE: Final = 4  # connections kept for the next call: a follower and a few writers at once
+_FORK_WAIT_S: Final = 1.0  # the locks are held for microseconds
+_READ_BYTES: Final = 256 * 1024  # a listing is megabytes: the driver's own 64 KiB would be four times the calls
+
+_CODE: Final = re.compile(r"\b(OOM|NOPERM|READONLY|MISCONF|WRONGTYPE|NOAUTH|LOADING|MASTERDOWN|BUSY)\b")
+_REFUSED_COMMAND: Final = re.compile(r"'([A-Za-z|]+)' command")
+_UNKNOWN_COMMAND: Final = re.compile(r"[Uu]nknown (?:Redis )?(?:sub)?command\b[^'`A-Za-z]*['`]?([A-Za-z]*)")
+
+
+class _Socket:
+    """A socket each of whose waits ends by a deadline, or when nothing came for `patience_s`."""
+
+    def __init__(self, raw: socket.socket) -> None:
+        self.raw = raw
+        self.deadline_s = math.inf
+        self.patience_s = math.inf
+
+    def recv(self, size: int) -> bytes:
+        self._arm()
+        return self.raw.recv(size)
+
+    def recv_into(self, buffer: Any, *args: Any) -> int:
+        self._arm()
+        return self.raw.recv_into(buffer, *args)
+
+    def sendall(self, data: bytes) -> None:
+        self._arm()
+        self.raw.sendall(data)
+
+    def settimeout(self, timeout_s: float | None) -> None:
+        """The driver's own timeouts are for one read each; the deadline stands."""
+
+    def fileno(self) -> int:
+        return self.raw.fileno()
+
+    def getpeername(self) -> Any:
+        return self.raw.getpeername()
+
+    def shutdown(self, how: int) -> None:
+        # Of the base: that of a TLS socket would take its session from under a thread that reads.
+        socket.socket.shutdown(self.raw, how)
+
+    def close(self) -> None:
+        self.raw.close()
+
+    def _arm(self) -> None:
+        left_s = min(self.deadline_s - time.monotonic(), self.patience_s)
+        if left_s <= 0:
+            raise TimeoutError
+        self.raw.settimeout(None if left_s == math.inf else left_s)
+
+
+class _Wire(_DriverConnection):
+    """The driver's connection over a socket of ours."""
+
+    def __init__(self, sock: _Socket, **options: Any) -> None:
+        self._given = sock
+        super().__init__(**options)
+
+    def _connect(self) -> Any:
+        return self._given
+
+
+class Connection:
+    """One open connection to the server.
+
+    Used by one thread at a time, but for `shut_down`, which may come from another and ends what waits on it.
+    """
+
+    def __init__(self, sock: _Socket, wire: _Wire) -> None:
+        self._sock = sock
+        self._wire: Any = wire  # what types-redis says of it is of an older driver
+        self.pid = os.getpid()
+        self.is_sound = True  # no reply is outstanding
+
+    def end_by(self, deadline_s: float, *, patience_s: float = math.inf) -> None:
+        """Let what follows wait until `deadline_s`, and never longer than `patience_s` for the next bytes."""
+        self._sock.deadline_s = deadline_s
+        self._sock.patience_s = patience_s
+
+    def execute(self, *command: str | bytes | int) -> Any:
+        """The reply to one command."""
+        return self.pipeline([command])[0]
+
+    def pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies to several commands, sent together; raises the first error among them, once all were read."""
+        self.is_sound = False
+        self._wire.send_packed_command(self._wire.pack_commands(commands), check_health=False)
+        replies = [self._reply() for _ in commands]
+        self.is_sound = True
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
+
+    def run(self, script: Script, keys: Sequence[str], arguments: Sequence[str | bytes | int]) -> list[Any]:
+        """What the script returns; its text is sent only where the server does not know it yet."""
+        words = (len(keys), *keys, *arguments)
+        try:
+            reply: list[Any] = self.execute("EVALSHA", script.sha, *words)
+        except errors.NoScriptError:
+            reply = self.execute("EVAL", script.text, *words)
+        return reply
+
+    def run_each(
+        self, script: Script, keys: Sequence[str], arguments: Sequence[Sequence[str | bytes | int]]
+    ) -> list[list[Any]]:
+        """What the script returns for each of `arguments`, all sent together."""
+        commands: list[Command] = [
+            ("EVALSHA" if at else "EVAL", script.sha if at else script.text, len(keys), *keys, *given)
+            for at, given in enumerate(arguments)
+        ]
+        return self.pipeline(commands)
+
+    def _reply(self) -> Any:
+        try:
+            return self._wire.read_response()
+        except errors.ResponseError as exc:
+            return exc
+
+    def is_usable(self) -> bool:
+        """Whether it can take another command: nothing is outstanding, and the server did not close it."""
+        if not self.is_sound or self.pid != os.getpid():
+            return False
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        return not poll.poll(0)
+
+    def shut_down(self) -> None:
+        """End it, from any thread: who waits on it raises."""
+        if self.pid == os.getpid():
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.shut_down()
+        self._sock.close()
+
+    def abandon(self) -> None:
+        """Close this process's hold of a parent's socket; the parent's connection stays up."""
+        with contextlib.suppress(OSError):
+            self._sock.close()
+
+
+class RedisLink:
+    """The connections of this process to one server.
+
+    Thread-safe. No connection crosses a fork: a child closes its hold of the parent's and opens its own.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        db: int,
+        namespace: str,
+        tls: bool,
+        user: str | None,
+        password: str | None,
+        ca: str | None,
+        cert: str | None,
+        key: str | None,
+    ) -> None:
+        """Name the server; nothing is opened."""
+        self._host = host
+        self._port = port
+        self._db = db
+        self._names = Names(namespace)
+        self._namespace = namespace
+        self._tls = tls
+        self._user = user
+        self._password = password
+        self._files = (ca, cert, key)
+        self._context: ssl.SSLContext | None = None
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"{'rediss' if tls else 'redis'}://{shown}:{port}/{db}"
+        self._begin_anew()
+        with _links_lock:
+            _links.add(self)
+
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        # Protects the attributes below.
+        self.lock = threading.Lock()
+        self._idle: list[Connection] = []
+        self._opened: set[Connection] = set()
+        self._epoch = 0
+
+    def abandon(self) -> None:
+        """Begin anew in a child."""
+        opened = tuple(self._opened)
+        self._begin_anew()
+        for connection in opened:
+            connection.abandon()
+
+    def close(self) -> None:
+        """Close every connection that is not in use; the others are closed when their calls end."""
+        self._own()
+        with self.lock:
+            self._epoch += 1
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            self.shut(connection)
+
+    @contextlib.contextmanager
+    def session(self, timeout_s: float) -> Iterator[Connection]:
+        """A connection for one call, which ends by `timeout_s`; the driver's errors come out as the store's."""
+        deadline_s = time.monotonic() + timeout_s
+        with self.translating(timeout_s):
+            connection, epoch = self._borrow(deadline_s)
+            try:
+                connection.end_by(deadline_s)
+                yield connection
+            finally:
+                self._give_back(connection, epoch)
+
+    def open(self, deadline_s: float) -> Connection:
+        """A connection of the caller's own, who shuts it with `shut`. To be called inside `translating`."""
+        self._own()
+        sock = _Socket(self._dial(deadline_s))
+        sock.deadline_s = deadline_s
+        try:
+            wire = _Wire(
+                sock,
+                host=self._host,
+                port=self._port,
+                db=self._db,
+                username=self._user,
+                password=self._password,
+                protocol=2,  # every server speaks it, and it knows no messages that were not asked for
+                socket_read_size=_READ_BYTES,
+                # An ACL may refuse a connection that introduces itself, and each such refusal is logged.
+                **({"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}),
+            )
+            wire.connect()
+        except BaseException:
+            sock.close()
+            raise
+        connection = Connection(sock, wire)
+        with self.lock:
+            self._opened.add(connection)
+        return connection
+
+    def shut(self, connection: Connection) -> None:
+        """Close a connection that was opened here."""
+        with self.lock:
+            self._opened.discard(connection)
+        connection.close()
+
+    @contextlib.contextmanager
+    def translating(self, timeout_s: float) -> Iterator[None]:
+        """Let the driver's errors, and what the layout does not know, come out as the store's."""
+        try:
+            yield
+        except NotOurs as exc:
+            raise self.not_ours(exc.what) from exc
+        except (errors.RedisError, OSError, ssl.SSLError) as exc:
+            # From None: a server quotes what it was sent, values included.
+            quotes = isinstance(exc, errors.ResponseError)
+            raise self._translated(exc, timeout_s) from (None if quotes else exc)
+
+    def not_ours(self, what: str) -> StoreError:
+        return StoreError(
+            f"{self.url} holds something in the namespace {self._namespace!r} that is not this library's: {what} "
+            f"is none of ours; nothing was touched. Choose another namespace, or another db "
+            f"(redis-cli: HGETALL {self._names.entries})"
+        )
+
+    # ---
+
+    def _own(self) -> None:
+        if self._pid != os.getpid():
+            self.abandon()  # a server that forks in C runs no hook
+
+    def _borrow(self, deadline_s: float) -> tuple[Connection, int]:
+        self._own()
+        with self.lock:
+            epoch = self._epoch
+        while True:
+            with self.lock:
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return self.open(deadline_s), epoch
+            if connection.is_usable():
+                return connection, epoch
+            self.shut(connection)
+
+    def _give_back(self, connection: Connection, epoch: int) -> None:
+        with self.lock:
+            if connection.is_sound and epoch == self._epoch and len(self._idle) < _MAX_IDLE:
+                self._idle.append(connection)
+                return
+        self.shut(connection)
+
+    def _dial(self, deadline_s: float) -> socket.socket:
+        context = self._tls_context() if self._tls else None
+        failure: OSError | None = None
+        for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM):
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            raw = socket.socket(family, kind, protocol)
+            try:
+                raw.settimeout(left_s)
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                raw.connect(address)
+                return raw if context is None else context.wrap_socket(raw, server_hostname=self._host)
+            except OSError as exc:
+                raw.close()
+                failure = exc
+            except BaseException:
+                raw.close()
+                raise
+        raise failure or OSError(f"{self._host} has no address")
+
+    def _tls_context(self) -> ssl.SSLContext:
+        if self._context is None:
+            ca, cert, key = self._files
+            try:
+                context = ssl.create_default_context(cafile=ca)
+                if cert:
+                    context.load_cert_chain(cert, key)
+            except (OSError, ssl.SSLError) as exc:
+                raise StoreError(
+                    f"the TLS files for {self.url} cannot be used ({exc.strerror or exc.__class__.__name__}): ca={ca}, "
+                    f"cert={cert}, key={key} must name readable PEM files, and the key must be the certificate's"
+                ) from exc
+            self._context = context
+        return self._context
+
+    # --- what an error means
+
+    def _translated(self, error: Exception, timeout_s: float) -> StoreError:
+        if isinstance(error, errors.ResponseError):
+            return self._refused(error)
+        for cause in _causes(error):
+            if isinstance(cause, ssl.SSLError):
+                return self._tls_failed(cause)
+        return self._unreachable(error, timeout_s)
+
+    def _unreachable(self, error: Exception, timeout_s: float) -> StoreError:
+        url, text = self.url, str(error)
+        if isinstance(error, errors.AuthenticationError):
+            return self._not_let_in(text)
+        if isinstance(error, errors.BusyLoadingError):
+            return StoreUnavailable(f"{url} is still loading its data; try again")
+        if isinstance(error, (errors.TimeoutError, TimeoutError)):
+            return StoreUnavailable(f"{url} did not answer within {timeout_s:g} s; is it up, and reachable from here?")
+        if isinstance(error, errors.InvalidResponse):
+            return StoreError(f"what answers at {url} is not a Redis server: check host and port")
+        if isinstance(error, socket.gaierror):
+            return StoreUnavailable(f"the name {self._host} of {url} cannot be resolved: {error.strerror}")
+        if isinstance(error, ConnectionRefusedError):
+            return StoreUnavailable(f"{url} refuses connections: no server listens there")
+        if "max number of clients" in text:
+            return StoreUnavailable(f"{url} has as many clients as it may: raise maxclients")
+        reset = isinstance(error, (ConnectionResetError, BrokenPipeError)) or "Connection closed by server" in text
+        if reset or "Connection reset" in text or "while writing to socket" in text:
+            hint = "" if self._tls else " (a TLS port does so too: write rediss:// if it is one)"
+            return StoreUnavailable(f"{url} closed the connection{hint}; try again")
+        if isinstance(error, OSError):
+            return StoreUnavailable(f"{url} cannot be reached: {error.strerror or type(error).__name__}")
+        return StoreUnavailable(f"the connection to {url} failed: {type(error).__name__}")
+
+    def _not_let_in(self, text: str) -> AuthFailed:
+        if "without any password configured" in text or "no password is set" in text:
+            return AuthFailed(
+                f"{self.url} has no password for the default user: leave the password out, or name a user"
+            )
+        if self._password is None:
+            return AuthFailed(f"{self.url} asks for a password: give user and password")
+        who = f"user {self._user!r}" if self._user else "the default user"
+        return AuthFailed(f"{self.url} refused {who} with that password: correct user or password, or enable the user")
+
+    def _refused(self, error: Exception) -> StoreError:
+        url, text = self.url, str(error)
+        # redis-py takes the code off the text, and older servers put that of a script's command within it.
+        code = str(getattr(error, "status_code", None) or "")
+        found = _CODE.search(f"{code} {text}")
+        code = found[1] if found else code
+        if isinstance(error, errors.AuthenticationError) or code == "NOAUTH":
+            return self._not_let_in(text)
+        if isinstance(error, errors.NoPermissionError) or code == "NOPERM" or "executing the script can't" in text:
+            return self._not_permitted(text)
+        if code == "OOM" or "used memory > 'maxmemory'" in text:
+            return StoreUnavailable(f"{url} is out of memory: raise maxmemory, or remove what else is in there")
+        if isinstance(error, errors.ReadOnlyError) or code == "READONLY":
+            return StoreUnavailable(
+                f"{url} is a replica and takes no writes: name the primary, or wait for its failover"
+            )
+        if isinstance(error, errors.MasterDownError) or code == "MASTERDOWN":
+            return StoreUnavailable(
+                f"{url} is a replica that lost its primary, and serves nothing meanwhile; try again"
+            )
+        if code == "MISCONF":
+            return StoreUnavailable(
+                f"{url} takes no writes because it cannot save to its disk: free the disk, see its log"
+            )
+        if code in {"LOADING", "BUSY"}:
+            return StoreUnavailable(f"{url} is busy ({code}); try again")
+        if code == "WRONGTYPE":
+            return self.not_ours(f"one of the keys {self._names.base}*, of another type,")
+        return self._misused(url, text, code)
+
+    def _misused(self, url: str, text: str, code: str) -> StoreError:
+        unknown = _UNKNOWN_COMMAND.search(text)
+        if unknown is not None:
+            name = unknown[1].upper() or "a command"
+            return StoreError(
+                f"{url} does not know {name}: streams need Redis 5 or newer, and the commands of docs/redis-layout.md "
+                "must not be renamed or disabled"
+            )
+        if "DB index" in text or "invalid DB" in text:
+            return StoreError(f"{url} has no db {self._db}: choose one below its setting `databases` (16 by default)")
+        if "SELECT is not allowed" in text or code in {"MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN"}:
+            return StoreError(
+                f"{url} is a node of a Redis Cluster, which redis:// does not follow: name a plain server"
+            )
+        if code == "DENIED" or text.startswith("DENIED"):
+            return AuthFailed(
+                f"{url} is in protected mode and lets in its own host alone: give it a password, or bind it"
+            )
+        return StoreError(f"{url} refused a command ({code or 'ERR'}); its log and `redis-cli MONITOR` may say more")
+
+    def _not_permitted(self, text: str) -> AuthFailed:
+        named = _REFUSED_COMMAND.search(text)
+        base = self._names.base
+        if named is not None:
+            lacking = f"+{named[1].lower()}"
+        elif "key" in text:
+            lacking = f"a key pattern: %R~{base}* to read, ~{base}* to write"
+        else:
+            lacking = "a command that a script calls; see the list"
+        who = f"user {self._user!r}" if self._user else "the default user"
+        return AuthFailed(
+            f"the ACL of {who} at {self.url} lacks {lacking}. docs/redis-layout.md lists what workers, relay and "
+            "writers need (redis-cli: ACL SETUSER)"
+        )
+
+    def _tls_failed(self, error: ssl.SSLError) -> StoreError:
+        url, ca = self.url, self._files[0] or "the system's authorities"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            if error.verify_code == 10:
+                return StoreError(f"the certificate of {url} has expired: renew it on the server")
+            if error.verify_code in {62, 64}:
+                return StoreError(f"the certificate of {url} is for another host: {error.verify_message}")
+            return StoreError(
+                f"the certificate of {url} is not signed by {ca} ({error.verify_message}): name its CA with ca=FILE"
+            )
+        reason = (error.reason or "").upper()
+        if "CERTIFICATE_REQUIRED" in reason or "HANDSHAKE_FAILURE" in reason:
+            return AuthFailed(f"{url} asks for a client certificate: give cert=FILE and key=FILE")
+        if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason):
+            return AuthFailed(f"{url} refused our client certificate ({reason.lower()}): give one that its CA signed")
+        if reason in {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"}:
+            return StoreError(f"{url} does not speak TLS: write redis://, or name its TLS port")
+        return StoreUnavailable(f"the TLS connection to {url} failed ({reason.lower() or 'closed'}); try again")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from: redis-py wraps the socket's errors."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+# Protects the registry below.
+_links_lock = threading.Lock()
+_links: WeakSet[RedisLink] = WeakSet()
+
+# What a fork must find at rest: a child has none of the threads that could finish what they began.
+_held_for_fork: list[threading.Lock] = []
+
+
+def _before_fork() -> None:
+    if _links_lock.acquire(timeout=_FORK_WAIT_S):
+        _held_for_fork.append(_links_lock)
+        for link in tuple(_links):
+            lock = link.lock
+            if lock.acquire(timeout=_FORK_WAIT_S):
+                _held_for_fork.append(lock)
+
+
+def _after_fork_in_parent() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop().release()
+
+
+def _after_fork_in_child() -> None:
+    global _links_lock
+    _held_for_fork.clear()
+    _links_lock = threading.Lock()
+    for link in tuple(_links):
+        link.abandon()
+
+
+around_forks(STORES, before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -1,0 +1,286 @@
+"""The mirror in Redis: what the relay copies there, and how workers read it.
+
+Owns the rule that only the holder of the lease writes, and only forward. Knows nothing of the authority, nor of when to
+fill, append or prove; decodes no value.
+
+Each write is a script that looks first whether the lease is the caller's and the mirror stands where the write begins:
+a relay that was stopped and comes back changes nothing, also where Redis lost lease and fencing token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from veltrix_mw.errors import Compacted, LeaseLost, StoreError, StoreUnavailable
+from veltrix_mw.protocols import Batch, Lease, Limits, Listing, MirrorState, Position, StoreInfo
+from veltrix_mw.stores.redis_layout import (
+    APPEND,
+    ELECT,
+    FILL,
+    KEEP,
+    META_FIELDS,
+    MIRROR,
+    PROVE,
+    RESIGN,
+    Names,
+    append_arguments,
+    meta_of,
+    state_of,
+)
+from veltrix_mw.stores.redis_link import Command, Connection, RedisLink
+from veltrix_mw.stores.redis_reading import Reader, RedisWatch, Torn
+from veltrix_mw.values import MAX_VALUE_BYTES
+
+__all__ = ["RedisMirror"]
+
+_CHUNK_BYTES: Final = 1024 * 1024  # what is sent before an answer is read: Redis serves others between two commands
+_CHUNK_FIELDS: Final = 1_000
+_CHUNK_BATCHES: Final = 256
+_FILLING_TTL_S: Final = 60  # a relay that dies in the middle leaves nothing for longer
+
+
+class _Rules:
+    """What a mirror makes of what was found.
+
+    A mirror proves nothing about the authority's history: whatever it lacks is listed again, never `Restored`.
+    """
+
+    kind = MIRROR
+
+    def nothing(self, names: Names) -> StoreError | None:
+        return StoreUnavailable(
+            f"the mirror {names.base}* is empty: no relay has filled it yet, or it was flushed or evicted; a relay "
+            "fills it again"
+        )
+
+    def other_history(self, reason: str) -> StoreError:
+        return Compacted(f"the mirror cannot resume: {reason}; list again")
+
+    def ahead(self, position: Position, newest: int) -> StoreError:
+        return StoreUnavailable(
+            f"the mirror is behind: it is at revision {newest}, and revision {position.revision} was seen already; try "
+            "again"
+        )
+
+
+class RedisMirror:
+    """A namespace's mirror in one Redis server: `Mirror` for workers, `MirrorWriter` for its relay.
+
+    It never moves backwards within an incarnation, and readers see each change of it whole. Thread-safe; usable after a
+    fork.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int = 6379,
+        *,
+        db: int = 0,
+        namespace: str = "default",
+        tls: bool = False,
+        user: str | None = None,
+        password: str | None = None,
+        ca: str | None = None,
+        cert: str | None = None,
+        key: str | None = None,
+        timeout_s: float = 2.0,
+        keep_revisions: int = 10_000,
+    ) -> None:
+        """Name the server; nothing is opened. The options are `RedisStore`'s; `keep_revisions` is the relay's."""
+        self._link = RedisLink(
+            host, port, db=db, namespace=namespace, tls=tls, user=user, password=password, ca=ca, cert=cert, key=key
+        )
+        self._names = Names(namespace)
+        self._reader = Reader(self._link, self._names, _Rules())
+        self._timeout_s = timeout_s
+        self._keep_revisions = keep_revisions
+        self._info = StoreInfo("redis", self._link.url, namespace, Limits(MAX_VALUE_BYTES))
+
+    @property
+    def info(self) -> StoreInfo:
+        return self._info
+
+    # --- read
+
+    def state(self, *, timeout_s: float) -> MirrorState:
+        names = self._names
+        # TIME after the meta: the age is then never less than the true one.
+        asked: list[Command] = [("HMGET", names.entries, *META_FIELDS), ("TIME",), ("GET", names.lease)]
+        with self._link.session(timeout_s) as connection:
+            values, now, lease = connection.pipeline(asked)
+            return self._state(values, now, lease)
+
+    def list(self, *, timeout_s: float) -> Listing:
+        listed = self._reader.list(timeout_s)
+        return Listing(listed.position, listed.ascending(), origin="redis", age_s=listed.age_s)
+
+    def watch(self, position: Position, *, timeout_s: float) -> RedisWatch:
+        return self._reader.watch(position, timeout_s=timeout_s, patience_s=self._timeout_s / 2, origin="redis")
+
+    def close(self) -> None:
+        """End the watches and close every connection. Idempotent; a later call opens anew."""
+        self._reader.close()
+
+    # --- the lease
+
+    def elect(self, holder: str, *, ttl_s: float, timeout_s: float) -> tuple[Lease | None, str, float]:
+        names = self._names
+        with self._link.session(timeout_s) as connection:
+            said, *rest = connection.run(ELECT, (names.lease, names.token, names.entries), (holder, _ms(ttl_s)))
+        if said == b"held":
+            return None, rest[0].partition(b" ")[2].decode(errors="replace"), int(rest[1]) / 1000
+        self._check_said(said)
+        return Lease(holder, int(rest[0])), holder, ttl_s
+
+    def keep(self, lease: Lease, *, ttl_s: float, timeout_s: float) -> MirrorState:
+        names, held = self._names, _held(lease)
+        with self._link.session(timeout_s) as connection:
+            said, *rest = connection.run(KEEP, (names.lease, names.entries), (held, _ms(ttl_s)))
+            self._check_said(said)
+            return self._state(rest[0], rest[1], held.encode())
+
+    def resign(self, lease: Lease, *, timeout_s: float) -> None:
+        with self._link.session(timeout_s) as connection:
+            connection.run(RESIGN, (self._names.lease,), (_held(lease),))
+
+    # --- written by the relay
+
+    def clock(self, *, timeout_s: float) -> int:
+        with self._link.session(timeout_s) as connection:
+            return _microseconds(connection.execute("TIME"))
+
+    def revisions(self, *, timeout_s: float) -> tuple[Position, dict[str, int]]:
+        state = self.state(timeout_s=timeout_s)
+        if not state.position.revision:
+            return state.position, {}
+        try:
+            listed = self._reader.list(timeout_s)
+        except Torn:
+            return Position("", 0), {}
+        return listed.position, {key: revision for key, (_, revision) in listed.entries.items()}
+
+    def fill(self, lease: Lease, listing: Listing, *, digest: int, lazy: Sequence[str], timeout_s: float) -> None:
+        names, position = self._names, listing.position
+        filling = names.filling(lease.token)
+        arguments = (
+            _held(lease),
+            lease.token,
+            position.incarnation,
+            position.revision,
+            position.fingerprint,
+            len(listing.entries),
+            digest,
+            " ".join(lazy),
+        )
+        with self._link.session(timeout_s) as connection:
+            try:
+                connection.execute("UNLINK", filling)
+                for fields in _chunks(listing):
+                    connection.pipeline([("HSET", filling, *fields), ("EXPIRE", filling, _FILLING_TTL_S)])
+                said, *rest = connection.run(FILL, (filling, names.entries, names.changes, names.lease), arguments)
+                self._check_said(said, rest)
+            except Exception:
+                if connection.is_sound:  # else it goes by itself
+                    connection.execute("UNLINK", filling)
+                raise
+
+    def append(
+        self, lease: Lease, batches: Sequence[Batch], *, counts: Sequence[tuple[int, int]], timeout_s: float
+    ) -> None:
+        held = _held(lease)
+        made = [
+            append_arguments(
+                batch, lease=held, token=lease.token, count=count, digest=digest, keep_revisions=self._keep_revisions
+            )
+            for batch, (count, digest) in zip(batches, counts, strict=True)
+        ]
+        with self._link.session(timeout_s) as connection:
+            for some in _pipelines(made):
+                self._append(connection, some)
+
+    def _append(self, connection: Connection, made: Sequence[Sequence[str | bytes]]) -> None:
+        names = self._names
+        # Each follows the one before: after the first that is refused all others are.
+        for said, *rest in connection.run_each(APPEND, (names.entries, names.changes, names.lease), made):
+            self._check_said(said, rest)
+
+    def prove(self, lease: Lease, position: Position, *, asked_at_us: int, timeout_s: float) -> None:
+        names = self._names
+        arguments = (_held(lease), position.incarnation, position.revision, position.fingerprint, asked_at_us)
+        with self._link.session(timeout_s) as connection:
+            said, *rest = connection.run(PROVE, (names.entries, names.lease), arguments)
+        self._check_said(said, rest)
+
+    # ---
+
+    def _state(self, values: Sequence[bytes | None], now: Sequence[bytes], lease: bytes | None) -> MirrorState:
+        meta = meta_of(values)
+        if meta is not None:
+            self._reader.check_kind(meta)
+        return state_of(meta, _microseconds(now), lease)
+
+    def _check_said(self, said: bytes, rest: Sequence[Any] = ()) -> None:
+        """Raise unless a script did what it was to do."""
+        match said:
+            case b"ok":
+                return
+            case b"lost":
+                raise LeaseLost(
+                    f"the relay's lease {self._names.lease} is another's, or ran out; stop writing the mirror"
+                )
+            case b"elsewhere":
+                raise Compacted("the mirror does not stand where the relay thinks it does; fill it")
+            case b"backwards":
+                raise Compacted(
+                    f"the mirror is at revision {int(rest[0])} already, which is newer than the listing; list again"
+                )
+            case b"torn":
+                raise StoreUnavailable(
+                    "what was prepared for the mirror is not whole any more (evicted?); fill it again"
+                )
+            case b"kind":
+                raise self._reader.wrong_kind()
+            case _:
+                raise self._link.not_ours(f"{self._names.entries} or {self._names.changes}, without our meta,")
+
+
+def _held(lease: Lease) -> str:
+    """The lease as it stands in Redis."""
+    return f"{lease.token} {lease.holder}"
+
+
+def _ms(ttl_s: float) -> int:
+    return max(1, round(ttl_s * 1000))
+
+
+def _microseconds(time_reply: Sequence[bytes]) -> int:
+    return int(time_reply[0]) * 1_000_000 + int(time_reply[1])
+
+
+def _chunks(listing: Listing) -> Iterator[list[str | bytes]]:
+    """The entries as fields and values of the hash, about a megabyte at a time."""
+    fields: list[str | bytes] = []
+    size = 0
+    for key, value, revision in listing.entries:
+        fields += [key, b"%d %b" % (revision, value)]
+        size += len(value)
+        if size >= _CHUNK_BYTES or len(fields) >= 2 * _CHUNK_FIELDS:
+            yield fields
+            fields, size = [], 0
+    if fields:
+        yield fields
+
+
+def _pipelines(made: Sequence[Sequence[str | bytes]]) -> Iterator[list[Sequence[str | bytes]]]:
+    """What goes to the server before an answer is read: about a megabyte."""
+    some: list[Sequence[str | bytes]] = []
+    size = 0
+    for arguments in made:
+        some.append(arguments)
+        size += sum(len(word) for word in arguments)
+        if size >= _CHUNK_BYTES or len(some) >= _CHUNK_BATCHES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
