@@ -9,6 +9,8 @@ import atexit
 import contextlib
 import logging
 import os
+import secrets
+import socket
 import sys
 import threading
 import time
@@ -33,7 +35,7 @@ from veltrix_mw.errors import (
 from veltrix_mw.keys import check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
 from veltrix_mw.snapshot import Entry, Snapshot, Version
-from veltrix_mw.status import Status, TierStatus
+from veltrix_mw.status import Status
 from veltrix_mw.telemetry import Observed, Telemetry
 from veltrix_mw.view import View
 from veltrix_mw.views import Views
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
     from veltrix_mw.follower import Follower
-    from veltrix_mw.protocols import Store
+    from veltrix_mw.protocols import Mirror, Store
+    from veltrix_mw.relay_thread import RelayThread
     from veltrix_mw.replica import Publication
     from veltrix_mw.subscriptions import Callback
 
@@ -73,9 +76,13 @@ class ConfigClient:
     never do I/O. Works in threads and across forks: each process follows by itself.
 
     Args:
-        url: `sqlite:///file.db` (embedded), `memory://` or `memory://name` (this process), or a store object;
-            default `$VELTRIX_URL`.
+        url: the authority: `etcd://h1:2379,h2:2379,h3:2379/shop` (`etcds://` with TLS), `redis://h:6379/0?namespace=shop`
+            (`rediss://`), `sqlite:///file.db` (embedded), `memory://` or `memory://name` (this process), or a store
+            object; default `$VELTRIX_URL`.
+        mirror: a Redis that holds a copy of the authority, for workers to follow: `redis://h:6379/0`, or a mirror
+            object; default `$VELTRIX_MIRROR_URL`, else none.
         namespace: the namespace, if the URL does not name it.
+        lazy: prefixes that no worker holds whole, for example `("tenants/",)`; everything else is eager.
         layers: prefixes laid over the base for every view, first wins, for example `("env/prod/",)`.
         schemas: prefix (ends with '/') or single key to a dataclass, msgspec.Struct, pydantic model or JSON Schema.
         defaults: the app's own values, under everything.
@@ -83,6 +90,8 @@ class ConfigClient:
         telemetry: `off`, `requests` or `lookups`.
         max_age_s: seconds without a confirmation after which a view counts as stale.
         start_timeout_s: seconds that the first requests wait for the first list.
+        relay: `auto`: this process stands for election as the mirror's relay, if its credentials allow it; `never`.
+        instance: this process's name, as status shows it; default `host:pid:` and a random part.
         tracer_provider, meter_provider: OpenTelemetry providers; default the global ones.
 
     Raises:
@@ -93,7 +102,9 @@ class ConfigClient:
         self,
         url: str | Store | None = None,
         *,
+        mirror: str | Mirror | None = None,
         namespace: str | None = None,
+        lazy: Sequence[str] = (),
         layers: Sequence[str] = (),
         schemas: Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,
@@ -101,6 +112,8 @@ class ConfigClient:
         telemetry: str = "requests",
         max_age_s: float = MAX_AGE_S,
         start_timeout_s: float = 5.0,
+        relay: str = "auto",
+        instance: str | None = None,
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
     ) -> None:
@@ -111,7 +124,12 @@ class ConfigClient:
         from veltrix_mw.validation import Schemas
         from veltrix_mw.writer import Writer
 
-        self._store = _store(url, namespace)
+        self._authority, self._mirror = _tiers(url, mirror, namespace, _lazy(lazy))
+        self._store = _followed(self._authority, self._mirror)
+        if relay not in {"auto", "never"}:
+            raise SettingsError(f"relay is 'auto' or 'never', not {relay!r}")
+        self._stands_for_election = relay == "auto"
+        self._named = instance
         info = self._store.info
         self.namespace: str = info.namespace
         self._telemetry = Telemetry(telemetry, tracer_provider=tracer_provider, meter_provider=meter_provider)
@@ -123,6 +141,7 @@ class ConfigClient:
                 defaults=defaults or {},
                 max_age_s=_positive("max_age_s", max_age_s),
                 telemetry=self._telemetry,
+                lazy=info.lazy,
                 trouble=self._trouble,
                 ensure_running=self._ensure_running,
             )
@@ -137,13 +156,14 @@ class ConfigClient:
             else LastKnownGood(last_known_good, namespace=info.namespace, origin_url=info.url)
         )
         self._writer = Writer(
-            self._store, schemas=self._schemas, entries=self._current_entries, telemetry=self._telemetry
+            self._authority, schemas=self._schemas, entries=self._current_entries, telemetry=self._telemetry
         )
         self._subscriptions = Subscriptions()
         # Protects that what a follower publishes is taken only while it is this client's follower.
         self._lock = threading.Lock()
         self._pid = 0  # the process that the follower runs in; 0: none
         self._follower: Follower | None = None
+        self._relay: RelayThread | None = None
         self._published: Publication | None = None
         self._waiters = Waiters(self._has_reached)
         self._hopeless = False  # whether waiting for the first list is known not to help
@@ -174,24 +194,29 @@ class ConfigClient:
         with _process_lock():
             self._closed = True
             self._started_by_caller = False
-            follower = self._detach()
-        self._stop(follower)
+            running = self._detach()
+        self._stop(*running)
 
-    def _detach(self) -> Follower | None:
+    def _detach(self) -> tuple[Follower | None, RelayThread | None]:
         """Let the follower go: from here on nothing that it publishes is taken. Under the process's lock."""
         with self._lock:
             follower, self._follower = self._follower, None
+            relay, self._relay = self._relay, None
         inherited = self._pid not in {0, os.getpid()}
         self._pid = 0
         if follower is not None:
             self._stats.reconnects_before += follower.replica.reconnects
-        return None if inherited else follower
+        return (None, None) if inherited else (follower, relay)
 
-    def _stop(self, follower: Follower | None) -> None:
+    def _stop(self, follower: Follower | None, relay: RelayThread | None) -> None:
         """What takes time about closing, without the lock."""
         deadline_s = time.monotonic() + CLOSE_S
+        if relay is not None:
+            relay.stop(0)  # both end at once
         if follower is not None:
             follower.stop(CLOSE_S * 0.6)
+        if relay is not None:
+            relay.stop(max(0.0, deadline_s - CLOSE_S * 0.4 - time.monotonic()))
         if self._follower is not None:
             return  # somebody has started it again meanwhile
         self._subscriptions.close()
@@ -227,8 +252,8 @@ class ConfigClient:
                 self._holders -= 1
                 if self._holders > 0 or self._started_by_caller:
                     return
-                follower = self._detach()
-            self._stop(follower)
+                running = self._detach()
+            self._stop(*running)
 
         return release
 
@@ -243,7 +268,9 @@ class ConfigClient:
                 self._after_fork_in_child()  # a server whose forks run no hooks, as uWSGI's by default
             if self._follower is not None:
                 _log.error("veltrix.follower_died: another one begins where it left off")
-                self._detach()
+                _, relay = self._detach()
+                if relay is not None:
+                    relay.stop(0)
             if _in_uwsgi_master():
                 self._catch_up()
             else:
@@ -281,6 +308,27 @@ class ConfigClient:
             return
         self._pid = pid
         self._subscriptions.resume()
+        self._start_relay()
+
+    def _start_relay(self) -> None:
+        if self._mirror is None or not self._stands_for_election:
+            return
+        from veltrix_mw.relay_thread import RelayThread, can_be_fed
+
+        if not can_be_fed(self._mirror):
+            return
+        relay = RelayThread(self._authority, self._mirror, instance=self.instance)
+        try:
+            relay.start()
+        except RuntimeError:
+            _log.warning("veltrix.relay_not_started: no thread could be started; raise the limit on threads")
+            return
+        self._relay = relay
+
+    @property
+    def instance(self) -> str:
+        """This process's name: as given, else made of host and process id."""
+        return self._named or _instance()
 
     def _new_follower(self) -> Follower:
         from veltrix_mw.follower import Follower
@@ -306,6 +354,7 @@ class ConfigClient:
         if self._follower is not None:
             self._stats.reconnects_before += self._follower.replica.reconnects
         self._follower = None
+        self._relay = None
         self._pid = 0
 
     # Readiness
@@ -494,9 +543,9 @@ class ConfigClient:
 
         sent_at_s = time.monotonic()
         if revision is None:
-            listing = self._store.list(timeout_s=LIST_TIMEOUT_S)
+            listing = self._authority.list(timeout_s=LIST_TIMEOUT_S)
         else:
-            listing = self._store.list_at(revision, timeout_s=LIST_TIMEOUT_S)
+            listing = self._authority.list_at(revision, timeout_s=LIST_TIMEOUT_S)
         keyspace = Keyspace(self._schemas)
         keyspace.restore(
             listing,
@@ -601,7 +650,7 @@ class ConfigClient:
         from veltrix_mw.keyspace import Keyspace
 
         keyspace = Keyspace(self._schemas)
-        listing = self._store.list(timeout_s=SCHEMA_LIST_S)
+        listing = self._authority.list(timeout_s=SCHEMA_LIST_S)
         keyspace.restore(listing, incarnation="", origin="", proved_at_s=0.0)
         return keyspace.snapshot._entries
 
@@ -609,21 +658,14 @@ class ConfigClient:
 
     def status(self) -> Status:
         """How this process's configuration is. Does no I/O."""
+        from veltrix_mw.status import tiers_of
+
         view = self._views.base
         snapshot = view._snapshot
         follower = self._follower
-        info = self._store.info
         running = follower is not None and follower.alive and self._pid == os.getpid()
-        error = follower.replica.error if follower is not None else None
-        tier = TierStatus(
-            name=info.origin,
-            role="authority",
-            url=info.url,
-            state=follower.replica.state if running and follower is not None else "stopped",
-            revision=snapshot.revision if snapshot.origin == info.origin else 0,
-            lag=follower.replica.lag if follower is not None else 0,
-            error="" if error is None else str(error),
-        )
+        replica = None if follower is None else follower.replica
+        relay, missing = self._relay_status()
         return Status(
             ready=self.ready,
             revision=snapshot.revision,
@@ -632,9 +674,34 @@ class ConfigClient:
             age_s=view.age_s,
             stale=view.stale,
             rejected=snapshot.rejected,
-            relay=None,
-            tiers=(tier,),
+            relay=relay,
+            tiers=tiers_of(self._store, snapshot, replica, running=running),
+            relay_missing=missing,
         )
+
+    def _relay_status(self) -> tuple[str | None, str]:
+        """Who feeds the mirror, or why nobody does."""
+        from veltrix_mw.stores.mirrored import MirroredStore
+
+        if not isinstance(self._store, MirroredStore):
+            return None, ""
+        relay = self._relay
+        if relay is not None and relay.relay.leads:
+            return self.instance, ""
+        tiers = self._store.tiers
+        holder = "" if tiers.mirror is None else tiers.mirror.relay
+        if tiers.fault_kind == "unreachable":
+            return None, f"the mirror does not answer: {tiers.fault}"
+        if holder:
+            return holder, ""
+        if relay is not None and relay.relay.barred:
+            return (
+                None,
+                f"nobody may write the mirror; run `veltrix relay` with credentials that may ({relay.relay.barred})",
+            )
+        if relay is None:
+            return None, "this process does not stand for election; run `veltrix relay`"
+        return None, relay.relay.error or "an election is under way"
 
     def __repr__(self) -> str:
         info = self._store.info
@@ -676,18 +743,56 @@ class _Stats:
         return Observed(view.age_s, view.revision, len(view._snapshot))
 
 
-def _store(url: str | Store | None, namespace: str | None) -> Store:
-    from veltrix_mw.protocols import Store
-    from veltrix_mw.settings import find_url, parse_url
-    from veltrix_mw.stores.opening import open_store
+def _tiers(
+    url: str | Store | None, mirror: str | Mirror | None, namespace: str | None, lazy: tuple[str, ...]
+) -> tuple[Store, Mirror | None]:
+    """The authority and, if there is one, its mirror. Nothing is opened."""
+    from veltrix_mw.protocols import Mirror, Store
+    from veltrix_mw.settings import find_mirror_url, find_url, parse_url
+    from veltrix_mw.stores.opening import open_mirror, open_store
 
     if url is None or isinstance(url, str):
-        return open_store(parse_url(find_url(url), namespace=namespace))
-    if isinstance(url, Store):
+        authority = open_store(parse_url(find_url(url), namespace=namespace), lazy=lazy)
+        mirror = find_mirror_url(mirror) if mirror is None or isinstance(mirror, str) else mirror
+    elif isinstance(url, Store):
+        authority = url
         if namespace is not None and namespace != url.info.namespace:
             raise SettingsError(f"the store's namespace is {url.info.namespace!r}, the argument's {namespace!r}")
-        return url
-    raise SettingsError(f"a config URL is a str such as sqlite:///config.db, or a store; not {type(url).__name__}")
+        if lazy and lazy != url.info.lazy:
+            raise SettingsError("lazy is the store's own setting; give it to the store that you hand in")
+    else:
+        raise SettingsError(f"a config URL is a str such as sqlite:///config.db, or a store; not {type(url).__name__}")
+    if isinstance(mirror, str):
+        mirror = open_mirror(parse_url(mirror, namespace=authority.info.namespace))
+    if mirror is not None and not isinstance(mirror, Mirror):
+        raise SettingsError(f"a mirror is a URL such as redis://h:6379/0, or a mirror; not {type(mirror).__name__}")
+    if mirror is not None and mirror.info.namespace != authority.info.namespace:
+        raise SettingsError(
+            f"the mirror's namespace is {mirror.info.namespace!r}, the authority's {authority.info.namespace!r}"
+        )
+    return authority, mirror
+
+
+def _followed(authority: Store, mirror: Mirror | None) -> Store:
+    if mirror is None:
+        return authority
+    from veltrix_mw.stores.mirrored import MirroredStore
+
+    return MirroredStore(authority, mirror)
+
+
+def _lazy(lazy: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(lazy, str):
+        raise SettingsError(f"lazy is a sequence of prefixes; write ({lazy!r},)")
+    try:
+        return tuple(sorted({check_prefix(prefix) for prefix in lazy}))
+    except ValueError as exc:
+        raise SettingsError(f"lazy: {exc}") from exc
+
+
+def _instance() -> str:
+    """`host:pid:` and what tells this process from another one of that number."""
+    return _instances.setdefault(os.getpid(), f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}")
 
 
 def _layers(layers: Sequence[str]) -> Sequence[str]:
@@ -706,6 +811,7 @@ def _positive(name: str, value: float) -> float:
 
 _clients: WeakSet[ConfigClient] = WeakSet()
 _process_locks: dict[int, threading.RLock] = {}  # by process id
+_instances: dict[int, str] = {}  # by process id
 _hooked = False
 
 

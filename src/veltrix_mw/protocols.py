@@ -122,9 +122,9 @@ class Batch:
 class Confirmation:
     """What the authority's newest revision is, by a linearizable query: `incarnation`, `revision`.
 
-    `count` is the number of eager entries in the namespace, None where that is not known. `age_s` is how old that knowledge was when the question
-    was sent: 0 from the authority itself, the relay's own age from a mirror. `digest` is the keyspace's (see
-    `Snapshot.digest`), where it is known.
+    `count` is the number of eager entries in the namespace, None where that is not known. `age_s` is how old that
+    knowledge was when the question was sent: 0 from the authority itself, the relay's own age from a mirror. `digest`
+    is the keyspace's (see `Snapshot.digest`), where it is known.
     """
 
     incarnation: str

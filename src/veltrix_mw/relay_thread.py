@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeGuard
 
 from veltrix_mw.errors import StoreError, VeltrixError
 from veltrix_mw.faults import told
@@ -58,7 +58,7 @@ from veltrix_mw.replica import (
     Watching,
 )
 
-__all__ = ["FedMirror", "RelayThread"]
+__all__ = ["FedMirror", "RelayThread", "can_be_fed"]
 
 _log = logging.getLogger("veltrix_mw")
 
@@ -67,6 +67,11 @@ FILL_TIMEOUT_S: Final = 60.0  # the whole keyspace, in parts
 
 class FedMirror(Mirror, MirrorWriter, Protocol):
     """A mirror that can be read and fed."""
+
+
+def can_be_fed(mirror: Mirror) -> TypeGuard[FedMirror]:
+    """Whether a mirror has what a relay needs: one that was handed in may be for reading only."""
+    return all(hasattr(mirror, name) for name in ("elect", "keep", "fill", "append", "prove", "clock", "revisions"))
 
 
 class RelayThread:

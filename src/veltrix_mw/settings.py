@@ -1,6 +1,7 @@
 """Settings: where config comes from, read from arguments, URL and environment.
 
-Owns what a URL may say; opens nothing and imports no store.
+Owns what a URL may say; opens nothing and imports no store. A URL may hold a password: what is said of a wrong one
+quotes no user, password or host of it, nor anything that a badly written password could have become.
 """
 
 from __future__ import annotations
@@ -10,43 +11,94 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Final
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from veltrix_mw.errors import SettingsError
 from veltrix_mw.keys import check_namespace
 
-__all__ = ["DEFAULT_NAMESPACE", "StoreUrl", "find_url", "parse_url"]
+__all__ = ["DEFAULT_NAMESPACE", "StoreUrl", "find_mirror_url", "find_url", "parse_url"]
 
 DEFAULT_NAMESPACE: Final = "default"
 """The namespace of an embedded store (one application a file) that names none."""
 
 _COMMON: Final = frozenset({"namespace"})
+_LOGIN: Final = frozenset({"user", "password", "user_env", "password_env"})
+_TLS: Final = frozenset({"ca", "cert", "key"})
+_ETCD: Final = _LOGIN | {"timeout_s", "prefix", "values"}
+_REDIS: Final = _COMMON | _LOGIN | {"timeout_s", "keep_revisions"}
 _OPTIONS: Final[Mapping[str, frozenset[str]]] = {
     "memory": _COMMON | {"keep_revisions", "keep_bytes"},
     "sqlite": _COMMON | {"timeout_s", "keep_revisions", "keep_bytes"},
+    "etcd": _ETCD,
+    "etcds": _ETCD | _TLS,
+    "redis": _REDIS,
+    "rediss": _REDIS | _TLS,
 }
-_EXAMPLES: Final[Mapping[str, str]] = {"memory": "memory://shop", "sqlite": "sqlite:///config.db"}
+_EXAMPLES: Final[Mapping[str, str]] = {
+    "memory": "memory://shop",
+    "sqlite": "sqlite:///config.db",
+    "etcd": "etcd://h1:2379,h2:2379,h3:2379/shop",
+    "etcds": "etcds://h1:2379,h2:2379,h3:2379/shop",
+    "redis": "redis://h1:6379/0?namespace=shop",
+    "rediss": "rediss://h1:6379/0?namespace=shop",
+}
+_PORTS: Final[Mapping[str, int]] = {"etcd": 2379, "etcds": 2379, "redis": 6379, "rediss": 6379}
+_SERVER: Final = re.compile(r"(etcds?|rediss?)://([^/?#]*)([^?#]*)(?:\?([^#]*))?", re.IGNORECASE)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?|\.[0-9]{1,18}")  # 18 digits: whole numbers fit into 64 bits
-_LATER: Final = frozenset({"etcd", "etcds", "redis", "rediss"})
+_HOST: Final = re.compile(
+    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9_][A-Za-z0-9._-]{0,252}))(?::(?P<port>[0-9]{1,5}))?"
+)
+_VARIABLE: Final = re.compile(r"[A-Z_][A-Z0-9_]*")
+_DECIMAL: Final = re.compile(r"[0-9]{1,5}")
+_LATER: Final = frozenset(f"{scheme}+{kind}" for scheme in ("redis", "rediss") for kind in ("sentinel", "cluster"))
+_LATER_OPTIONS: Final[Mapping[str, frozenset[str]]] = {
+    "etcd": frozenset({"transport", "discover"}),
+    "etcds": frozenset({"transport", "discover"}),
+}
 _FLOATS: Final = frozenset({"timeout_s"})
 _WHOLE: Final = frozenset({"keep_revisions", "keep_bytes"})
+_ETCD_SCHEMES: Final = frozenset({"etcd", "etcds"})
+_BOOKKEEPING: Final = ".veltrix/"
 
 
 @dataclass(frozen=True, slots=True)
 class StoreUrl:
     """One store's URL, taken apart and checked.
 
-    `name` is the path of a file (absolute) or the name of a shared in-memory store; `options` are the numbers that
-    the query gave, with their units in their names.
+    `name` is the path of a file (absolute) or the name of a shared in-memory store, empty for a server; `hosts` are the
+    servers' (host, port), `db` the number of a Redis database. `options` are what else the query gave: numbers with
+    their units in their names, names of files (absolute), `prefix`, `values`.
     """
 
     scheme: str
     name: str
     namespace: str
-    options: Mapping[str, float | int] = field(default_factory=dict)
+    options: Mapping[str, float | int | str] = field(default_factory=dict)
+    hosts: tuple[tuple[str, int], ...] = ()
+    db: int = 0
+    user: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+
+    @property
+    def tls(self) -> bool:
+        """Whether its servers are spoken to over TLS."""
+        return self.scheme in {"etcds", "rediss"}
+
+    @property
+    def redacted(self) -> str:
+        """The URL without user, password and options: what may be shown and logged."""
+        servers = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        namespace = quote(self.namespace)
+        if self.scheme in _ETCD_SCHEMES:
+            return f"{self.scheme}://{servers}/{namespace}"
+        where = f"{servers}/{self.db}" if self.hosts else quote(os.fsencode(self.name))
+        slash = "/" if self.scheme == "sqlite" else ""
+        query = f"?namespace={namespace}" if self.hosts or self.namespace != DEFAULT_NAMESPACE else ""
+        return f"{self.scheme}://{slash}{where}{query}"
 
 
 def find_url(url: str | None, *, environ: Mapping[str, str] | None = None) -> str:
@@ -61,10 +113,17 @@ def find_url(url: str | None, *, environ: Mapping[str, str] | None = None) -> st
     return found
 
 
-def parse_url(url: str, *, namespace: str | None = None) -> StoreUrl:
+def find_mirror_url(url: str | None, *, environ: Mapping[str, str] | None = None) -> str | None:
+    """`url`, else `$VELTRIX_MIRROR_URL`, else None: there need not be a mirror."""
+    environ = os.environ if environ is None else environ
+    return url or environ.get("VELTRIX_MIRROR_URL") or None
+
+
+def parse_url(url: str, *, namespace: str | None = None, environ: Mapping[str, str] | None = None) -> StoreUrl:
     """Take a URL apart. Raises `SettingsError` that says what is wrong and how to write it; opens nothing.
 
-    `namespace`, if given, must not contradict the URL's own.
+    `namespace`, if given, must not contradict the URL's own: a mirror's URL names none, and is given the authority's.
+    `environ` is where `user_env` and `password_env` look, the process's own by default.
     """
     if not isinstance(url, str):
         raise SettingsError(f"a config URL is a str, not {type(url).__name__}")
@@ -78,21 +137,34 @@ def parse_url(url: str, *, namespace: str | None = None) -> StoreUrl:
     if not url[len(scheme) :].startswith("://"):
         raise SettingsError(f"{scheme}: is followed by //, for example {_EXAMPLES[scheme]}")
     if "#" in url:
-        raise SettingsError(f"the {scheme}:// URL has a '#'; write %23 for one in a name")
+        secret = " or a password" if scheme in _PORTS else ""
+        raise SettingsError(f"the {scheme}:// URL has a '#'; write %23 for one in a name{secret}")
+    if scheme in _PORTS:
+        return _server(parts, namespace, os.environ if environ is None else environ)
     query = _query(scheme, parts)
     named = query.pop("namespace", None)
-    if named is not None and namespace is not None and named != namespace:
-        raise SettingsError(f"the URL names the namespace {named!r}, the argument {namespace!r}; keep one")
-    options = {name: _number(scheme, name, text) for name, text in query.items()}
-    if namespace is None:
-        namespace = DEFAULT_NAMESPACE if named is None else named
+    options: dict[str, float | int | str] = {name: _number(scheme, name, text) for name, text in query.items()}
+    namespace = _agreed(named, namespace)
+    namespace = DEFAULT_NAMESPACE if namespace is None else namespace
     return StoreUrl(scheme, _name(parts), check_namespace(namespace), options)
+
+
+def _agreed(named: str | None, given: str | None) -> str | None:
+    """The namespace, of the URL's and the argument's."""
+    if named is not None and given is not None and named != given:
+        raise SettingsError(f"the URL names the namespace {named!r}, the argument {given!r}; keep one")
+    return named if given is None else given
 
 
 def _split(url: str) -> SplitResult | None:
     """The parts of a URL; None for what is none. The parser's errors quote the host, secrets and all."""
     if _CONTROL.search(url):
         return None  # the parser would drop some of them in silence
+    server = _SERVER.match(url)
+    if server is not None:
+        # Python's parser knows one host and, by version, refuses brackets in a list of several.
+        scheme, netloc, path, query = server.groups(default="")
+        return SplitResult(scheme.lower(), netloc, path, query, "")
     try:
         return urlsplit(url)
     except ValueError:
@@ -103,7 +175,7 @@ def _unknown_scheme(scheme: str) -> str:
     known = ", ".join(f"{name}://" for name in sorted(_OPTIONS))
     if not scheme:
         return f"a config URL begins with one of {known}, for example sqlite:///config.db"
-    if scheme.split("+", maxsplit=1)[0] in _LATER:
+    if scheme in _LATER:
         return f"{scheme}:// comes with the next release; this one knows {known}"
     close = get_close_matches(scheme, _OPTIONS, n=1)
     hint = f"; did you mean {close[0]}://?" if close else ""
@@ -111,16 +183,29 @@ def _unknown_scheme(scheme: str) -> str:
 
 
 def _query(scheme: str, parts: SplitResult) -> dict[str, str]:
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    try:
+        # A plus is a plus: to take it for a space is a custom of forms, and would break passwords.
+        pairs = parse_qsl(parts.query.replace("+", "%2B"), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        pairs = [("\0", "")]
+    if any("\0" in text for pair in pairs for text in pair):
+        raise SettingsError(f"the options in the {scheme}:// URL are percent-encoded UTF-8 without NUL")
     query = dict(pairs)
     if len(query) != len(pairs):
         raise SettingsError(f"an option stands twice in the {scheme}:// URL; keep one of them")
     allowed = _OPTIONS[scheme]
     for name in query:
+        if name in _LATER_OPTIONS.get(scheme, ()):
+            raise SettingsError(f"the option {name} of {scheme}:// comes with the next release; leave it out")
+        if name in _TLS and f"{scheme}s" in _OPTIONS:
+            raise SettingsError(f"{name} is an option of {scheme}s://, which speaks TLS; {scheme}:// does not")
+        if name == "namespace" and scheme in _ETCD_SCHEMES:
+            raise SettingsError(f"the namespace of an {scheme}:// URL is its path: {_EXAMPLES[scheme]}")
         if name not in allowed:
             close = get_close_matches(name, allowed, n=1)
             hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(sorted(allowed))}"
-            raise SettingsError(f"a {scheme}:// URL has no option {name!r}; {hint}")
+            article = "an" if scheme in _ETCD_SCHEMES else "a"
+            raise SettingsError(f"{article} {scheme}:// URL has no option {name!r}; {hint}")
     return query
 
 
@@ -156,12 +241,123 @@ def _name(parts: SplitResult) -> str:
     return str(Path(path).absolute())
 
 
-def _decoded(text: str) -> str:
-    """A name without its percent-encoding."""
+def _decoded(text: str, what: str = "name", example: str = ", for example my%20shop") -> str:
+    """A name, or `what`, without its percent-encoding."""
     try:
-        name = unquote(text, errors="strict")
+        decoded = unquote(text, errors="strict")
     except UnicodeDecodeError:
-        name = "\0"
-    if "\0" in name:
-        raise SettingsError("the name in the config URL is percent-encoded UTF-8 without NUL, for example my%20shop")
-    return name
+        decoded = "\0"
+    if "\0" in decoded:
+        raise SettingsError(f"the {what} in the config URL is percent-encoded UTF-8 without NUL{example}")
+    return decoded
+
+
+# Servers
+
+
+def _server(parts: SplitResult, given: str | None, environ: Mapping[str, str]) -> StoreUrl:
+    scheme = parts.scheme
+    if "@" in parts.path or "@" in parts.query:
+        # Else half of a password with a slash in it would be taken, and quoted, as a namespace or an option.
+        raise SettingsError(
+            f"the {scheme}:// URL has an '@' behind its hosts; write %40 for one in a name, "
+            "and in a password %2F for '/' and %3F for '?'"
+        )
+    login, _, servers = parts.netloc.rpartition("@")
+    hosts = tuple(_host(scheme, text) for text in servers.split(","))
+    if len(set(hosts)) != len(hosts):
+        raise SettingsError(f"a host stands twice in the {scheme}:// URL; keep one of them")
+    query = _query(scheme, parts)
+    user, password = _login(scheme, login, query, environ)
+    path = _decoded(parts.path.removeprefix("/").removesuffix("/"))
+    db = 0
+    if scheme in _ETCD_SCHEMES:
+        named = path or None
+    else:
+        named, db = query.pop("namespace", None), _database(scheme, path)
+        if len(hosts) > 1:
+            raise SettingsError(f"a {scheme}:// URL names one host, for example {_EXAMPLES[scheme]}")
+    namespace = _agreed(named, given)
+    if namespace is None:
+        raise SettingsError(f"the {scheme}:// URL names no namespace, which has no default: {_EXAMPLES[scheme]}")
+    options = {name: _option(scheme, name, text) for name, text in query.items()}
+    if "key" in options and "cert" not in options:
+        raise SettingsError(f"key in the {scheme}:// URL wants cert too, the certificate that it belongs to")
+    return StoreUrl(scheme, "", check_namespace(namespace), options, hosts, db, user, password)
+
+
+def _database(scheme: str, path: str) -> int:
+    if not path:
+        return 0
+    if _DECIMAL.fullmatch(path) is None:
+        raise SettingsError(f"the path of a {scheme}:// URL is the number of a database: {_EXAMPLES[scheme]}")
+    return int(path)
+
+
+def _host(scheme: str, text: str) -> tuple[str, int]:
+    """One of the hosts, with its port. What is wrong with it is said without it: it may be half of a password."""
+    if not text:
+        raise SettingsError(f"a host is missing in the {scheme}:// URL; write for example {_EXAMPLES[scheme]}")
+    found = _HOST.fullmatch(text)
+    port = int(found["port"] or _PORTS[scheme]) if found else 0
+    if found is None or not 0 < port < 65536 or (found["ipv6"] and not _is_ipv6(found["ipv6"])):
+        raise SettingsError(
+            f"a host in the {scheme}:// URL is no HOST or HOST:PORT; write for example {_EXAMPLES[scheme]}, "
+            "an IPv6 address in brackets, and in a password %40 for '@', %2F for '/', %3F for '?'"
+        )
+    return (found["ipv6"] or found["name"]).lower(), port
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _login(
+    scheme: str, written: str, query: dict[str, str], environ: Mapping[str, str]
+) -> tuple[str | None, str | None]:
+    """User and password, each from before the hosts, from the query, or from the environment. Taken out of `query`."""
+    user, _, password = written.partition(":")
+    user = _credential(scheme, "user", user, query, environ)
+    password = _credential(scheme, "password", password, query, environ)
+    if user and not password:
+        raise SettingsError(
+            f"the {scheme}:// URL gives a user without a password; add it behind the user, as USER:PASSWORD@, "
+            "or name its environment variable: ?password_env=NAME"
+        )
+    if password and not user and scheme in _ETCD_SCHEMES:
+        raise SettingsError(f"the {scheme}:// URL gives a password without a user; etcd wants both: USER:PASSWORD@")
+    return user or None, password or None
+
+
+def _credential(scheme: str, name: str, written: str, query: dict[str, str], environ: Mapping[str, str]) -> str:
+    found = [_decoded(written, name, ""), query.pop(name, "")]
+    variable = query.pop(f"{name}_env", None)
+    if variable is not None:
+        value = environ.get(variable, "").rstrip("\r\n")  # secrets that were files end in a newline
+        if not value:
+            # What does not look like a variable's name may be the secret itself.
+            called = variable if _VARIABLE.fullmatch(variable) else "an environment variable"
+            raise SettingsError(f"{name}_env in the {scheme}:// URL names {called}, which is not set or empty")
+        found.append(value)
+    given = [text for text in found if text]
+    if len(given) > 1:
+        raise SettingsError(f"the {scheme}:// URL gives the {name} twice; keep one of them")
+    return given[0] if given else ""
+
+
+def _option(scheme: str, name: str, text: str) -> float | int | str:
+    if name in _FLOATS or name in _WHOLE:
+        return _number(scheme, name, text)
+    if name == "values" and text not in {"json", "text"}:
+        raise SettingsError(f"values in the {scheme}:// URL is json or text")
+    if not text:
+        raise SettingsError(f"{name} in the {scheme}:// URL is empty; leave it out")
+    if name in _TLS:
+        return str(Path(text).absolute())
+    if name == "prefix" and (text.startswith(_BOOKKEEPING) or _BOOKKEEPING.startswith(text)):
+        raise SettingsError(f"prefix in the {scheme}:// URL cannot hold .veltrix/: the library's bookkeeping is there")
+    return text

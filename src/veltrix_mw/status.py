@@ -10,17 +10,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from veltrix_mw.snapshot import Rejection
+from veltrix_mw.protocols import Store
+from veltrix_mw.replica import Replica
+from veltrix_mw.snapshot import Rejection, Snapshot
+from veltrix_mw.stores.mirrored import MirroredStore
+from veltrix_mw.stores.tiers import Tier
 
-__all__ = ["Status", "TierStatus"]
+__all__ = ["Status", "TierStatus", "tiers_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class TierStatus:
     """One store as this process sees it.
 
-    `role` is `authority`; `state` `following`, `listing`, `waiting` (after a failure), `stopped`; `lag` the
-    revisions it is known to be behind; `error` the last failure, empty if none; `url` holds no secret.
+    `role` is `authority` or `mirror`. `state` of the tier that is followed is `following`, `listing`, `waiting` (after
+    a failure) or `stopped`; of the other it is `standby` (well, as far as is known), and of a mirror that is not
+    followed also `unreachable`, `stale` (nobody feeds it), `behind`, `empty`, or `uncovered` (it leaves out what this
+    process reads). `lag` is the revisions it is known to be behind; `error` the last failure, empty if none; `url`
+    holds no secret.
     """
 
     name: str
@@ -34,7 +41,11 @@ class TierStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How this process's configuration is: what it serves, how old that is, and how each tier does."""
+    """How this process's configuration is: what it serves, how old that is, and how each tier does.
+
+    `relay` is the instance that feeds the mirror, None if there is none: `relay_missing` says why (empty without a
+    mirror).
+    """
 
     ready: bool
     revision: int
@@ -45,6 +56,7 @@ class Status:
     rejected: Mapping[str, Rejection]
     relay: str | None
     tiers: tuple[TierStatus, ...]
+    relay_missing: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON can carry it, for a page of the app's own; an age that is not known is None."""
@@ -57,5 +69,47 @@ class Status:
             "stale": self.stale,
             "rejected": {key: asdict(why) for key, why in self.rejected.items()},
             "relay": self.relay,
+            "relay_missing": self.relay_missing,
             "tiers": [asdict(tier) for tier in self.tiers],
         }
+
+
+def tiers_of(store: Store, snapshot: Snapshot, replica: Replica | None, *, running: bool) -> tuple[TierStatus, ...]:
+    """How each tier of `store` does: the one that is followed as `replica` sees it, another as it was last asked."""
+    followed = _followed(store, snapshot, replica, running=running)
+    if not isinstance(store, MirroredStore):
+        return (followed,)
+    tiers = store.tiers
+    if running and tiers.current is Tier.MIRROR:
+        authority = store.authority.info
+        other = TierStatus(authority.origin, "authority", authority.url, "standby", 0, 0, "")
+        return (other, followed)
+    state = tiers.mirror
+    return (
+        followed,
+        TierStatus(
+            name=store.mirror.info.origin,
+            role="mirror",
+            url=store.mirror.info.url,
+            state=tiers.fault_kind if running else "stopped",
+            revision=0 if state is None else state.position.revision,
+            lag=0 if state is None else max(0, snapshot.revision - state.position.revision),
+            error=tiers.fault,
+        ),
+    )
+
+
+def _followed(store: Store, snapshot: Snapshot, replica: Replica | None, *, running: bool) -> TierStatus:
+    info, role = store.info, "authority"
+    if running and isinstance(store, MirroredStore) and store.tiers.current is Tier.MIRROR:
+        info, role = store.mirror.info, "mirror"
+    error = None if replica is None else replica.error
+    return TierStatus(
+        name=info.origin,
+        role=role,
+        url=info.url,
+        state=replica.state if running and replica is not None else "stopped",
+        revision=snapshot.revision if snapshot.origin not in {"disk", "none"} else 0,
+        lag=0 if replica is None else replica.lag,
+        error="" if error is None else str(error),
+    )

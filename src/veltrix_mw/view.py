@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from veltrix_mw.deriving import MOST_DERIVED, Derived
-from veltrix_mw.errors import HeldBack, KeyMissing, NotReady
+from veltrix_mw.errors import HeldBack, KeyMissing, NotLoaded, NotReady
 from veltrix_mw.keys import check_key, check_prefix, is_key
 from veltrix_mw.pinning import pinned_view
 from veltrix_mw.section import Section
@@ -152,7 +152,7 @@ class View(Mapping[str, Any]):
         return value
 
     def _resolve(self, key: object) -> Any:
-        """The value of `key` by the order of precedence, or `MISSING`; raises `HeldBack` or `NotReady`."""
+        """The value of `key` by the order of precedence, or `MISSING`; raises `HeldBack`, `NotLoaded` or `NotReady`."""
         if not isinstance(key, str):
             return MISSING
         if key in self._overrides:
@@ -163,14 +163,18 @@ class View(Mapping[str, Any]):
             if key in defaults:
                 return defaults[key]
             raise self._not_ready(key)
-        entries = snapshot._entries
+        entries, lazy = snapshot._entries, self._views.lazy
         for layer in self._layers:
             value = entries.get(layer + key)
             if value is not MISSING:
                 return value
+            if lazy:
+                self._check_loaded(layer + key)
         value = entries.get(key)
         if value is not MISSING:
             return value
+        if lazy:
+            self._check_loaded(key)
         if key in defaults:
             return defaults[key]
         if snapshot._rejected:
@@ -179,6 +183,12 @@ class View(Mapping[str, Any]):
                 if held is not None and not held.deleted:
                     raise HeldBack(f"{name!r} is held back: revision {held.revision} was rejected ({held.reason})")
         return MISSING
+
+    def _check_loaded(self, name: str) -> None:
+        """Raise `NotLoaded` for what no snapshot holds: that it is not here does not say that it is absent."""
+        for prefix in self._views.lazy:
+            if name.startswith(prefix):
+                raise NotLoaded(f"{name!r} lies below {prefix!r}, which is lazy: no worker holds it")
 
     def _absent(self, key: object) -> KeyMissing:
         if not isinstance(key, str) or not is_key(key):
@@ -295,6 +305,8 @@ class View(Mapping[str, Any]):
         snapshot, cut = self._snapshot, len(prefix)
         found = {key[cut:]: value for key, value in self._views.defaults.items() if key.startswith(prefix)}
         for layer in ("", *reversed(self._layers)):
+            if self._views.lazy:
+                self._check_loaded(layer + prefix)
             start = len(layer) + cut
             found.update({item[0][start:]: item[1] for item in snapshot.below(layer + prefix)})
         found.update({key[cut:]: value for key, value in self._overrides.items() if key.startswith(prefix)})

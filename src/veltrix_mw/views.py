@@ -45,6 +45,7 @@ class Views:
         *,
         layers: Sequence[str] = (),
         defaults: Mapping[str, Any] = FrozenDict(),
+        lazy: Sequence[str] = (),
         max_age_s: float = 15.0,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -53,6 +54,7 @@ class Views:
     ) -> None:
         self.layers = tuple(check_prefix(layer) for layer in layers)
         self.defaults = FrozenDict({check_key(key): freeze(value) for key, value in defaults.items()})
+        self.lazy = tuple(lazy)
         self.max_age_s = max_age_s
         self.telemetry = Telemetry("off") if telemetry is None else telemetry
         self.clock = clock

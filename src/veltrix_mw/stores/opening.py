@@ -1,29 +1,76 @@
-"""Opening: from a URL to the store that it names.
+"""Opening: from a URL to the store, or the mirror, that it names.
 
 Owns which scheme is which store, and imports a backend only when its scheme is asked for.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+from veltrix_mw.errors import SettingsError
 from veltrix_mw.protocols import Store
 from veltrix_mw.settings import StoreUrl
 
-__all__ = ["open_store"]
+if TYPE_CHECKING:
+    from veltrix_mw.stores.redis_mirror import RedisMirror
+
+__all__ = ["open_mirror", "open_store"]
 
 
-def open_store(url: StoreUrl) -> Store:
-    """The store of `url`; nothing is connected or read before its first call."""
+def open_store(url: StoreUrl, *, lazy: Sequence[str] = ()) -> Store:
+    """The store of `url`; nothing is connected or read before its first call.
+
+    `lazy` are the prefixes that it leaves out wherever it lists, watches or counts. Raises `SettingsError` where the
+    scheme's driver is not installed.
+    """
     options: dict[str, Any] = dict(url.options)
     match url.scheme:
         case "memory":
             from veltrix_mw.stores.memory import MemoryStore
 
-            return MemoryStore(name=url.name, namespace=url.namespace, **options)
+            return MemoryStore(name=url.name, namespace=url.namespace, lazy=lazy, **options)
         case "sqlite":
             from veltrix_mw.stores.sqlite import SqliteStore
 
-            return SqliteStore(url.name, namespace=url.namespace, **options)
+            return SqliteStore(url.name, namespace=url.namespace, lazy=lazy, **options)
+        case "etcd" | "etcds":
+            with _driver(url, "urllib3", extra="etcd"):
+                from veltrix_mw.stores.etcd import EtcdStore
+
+            return EtcdStore(url.hosts, **_server(url), lazy=lazy, **options)
+        case "redis" | "rediss":
+            with _driver(url, "redis", extra="redis"):
+                from veltrix_mw.stores.redis import RedisStore
+
+            ((host, port),) = url.hosts
+            return RedisStore(host, port, db=url.db, **_server(url), lazy=lazy, **options)
         case _:
             raise AssertionError(f"parse_url let {url.scheme} pass")
+
+
+def open_mirror(url: StoreUrl) -> RedisMirror:
+    """The mirror of `url`; nothing is connected or read before its first call. Raises `SettingsError`."""
+    if url.scheme not in {"redis", "rediss"}:
+        raise SettingsError(f"a mirror is a Redis, for example redis://h4:6379/0; not {url.scheme}://")
+    with _driver(url, "redis", extra="redis"):
+        from veltrix_mw.stores.redis_mirror import RedisMirror
+
+    options: dict[str, Any] = dict(url.options)
+    ((host, port),) = url.hosts
+    return RedisMirror(host, port, db=url.db, **_server(url), **options)
+
+
+def _server(url: StoreUrl) -> dict[str, Any]:
+    return {"namespace": url.namespace, "tls": url.tls, "user": url.user, "password": url.password}
+
+
+@contextmanager
+def _driver(url: StoreUrl, name: str, *, extra: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.partition(".")[0] != name:
+            raise
+        raise SettingsError(f"{url.scheme}:// needs the driver {name}: pip install 'veltrix-mw[{extra}]'") from exc
