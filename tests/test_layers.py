@@ -27,7 +27,21 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
     frozenset({"operations", "protocols", "settings"}),
     frozenset({"coalesce"}),
     frozenset({"stores", "disk"}),
-    frozenset({"validation", "keyspace", "replica", "follower", "writer", "subscriptions", "relay", "relay_thread", "relay_report", "lazy", "fleet"}),
+    frozenset(
+        {
+            "validation",
+            "keyspace",
+            "replica",
+            "follower",
+            "writer",
+            "subscriptions",
+            "relay",
+            "relay_report",
+            "relay_thread",
+            "lazy",
+            "fleet",
+        }
+    ),
     frozenset(
         {
             "",

@@ -109,6 +109,9 @@ class MirroredStore:
 
     def watch(self, position: Position, *, timeout_s: float) -> Watch:
         self._renew_after_fork()
+        if not position.incarnation:
+            with self._lock:
+                self._tiers.leave_at_once(self._clock())  # nothing was written yet, so no mirror has anything
         self._stands(position, -math.inf)
         if self._chosen() is Tier.AUTHORITY:
             return _AuthorityWatch(self, self.authority.watch(position, timeout_s=timeout_s))
