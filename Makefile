@@ -4,17 +4,20 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: demo test bench lint types docs help fmt clean
-.PHONY: env-demo env-dev env-bench env-docs
+.PHONY: env-demo env-dev env-bench env-docs servers
 
 PYTHON := .venv/bin/python
 
-demo: env-demo ## An app with two workers, a change while it runs, every worker serving it
-	@$(PYTHON) examples/demo.py
+demo: env-demo ## An app with two workers, a change while it runs (CLUSTER=1: on etcd and Redis, which are killed)
+ifdef CLUSTER
+	@scripts/servers.sh etcd redis-server
+endif
+	@$(PYTHON) examples/demo.py $(if $(CLUSTER),--cluster)
 
-test: lint types ## Lint, types, and all tests on every supported Python of this machine
+test: lint types servers ## Lint, types, and all tests on every supported Python of this machine
 	@scripts/suite.sh
 
-bench: env-bench ## The measurements (QUICK=1: a short run)
+bench: env-bench servers ## The measurements (QUICK=1: a short run)
 	@$(PYTHON) -m benchmarks
 
 lint: env-dev ## Ruff: faults and format
@@ -41,6 +44,9 @@ clean: ## Remove all that the other targets made
 help: ## This list
 	@echo "make TARGET, where TARGET is one of"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)$$/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+
+servers:
+	@scripts/servers.sh etcd etcdctl redis-server redis-cli openssl
 
 # Not left to an implicit rule: make does not look for one where a target is phony.
 env-demo env-dev env-bench env-docs: env-%:

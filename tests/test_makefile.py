@@ -63,6 +63,7 @@ def test_a_failing_step_fails_the_target(tmp_path: Path) -> None:
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     _script(tmp_path / "scripts/environment.sh", "exit 0")
     _script(tmp_path / "scripts/suite.sh", "exit 0")
+    _script(tmp_path / "scripts/servers.sh", "exit 0")
     for step in ("ruff check", "ruff format", "mypy", "pyright", "public_types"):
         _script(tmp_path / ".venv/bin/python", f'[[ "$*" != *"{step}"* ]]')
         failed = _run("make", "test", cwd=tmp_path)
@@ -72,6 +73,28 @@ def test_a_failing_step_fails_the_target(tmp_path: Path) -> None:
     assert _run("make", "test", cwd=tmp_path).returncode == 0
     _script(tmp_path / "scripts/suite.sh", "exit 1")
     assert _run("make", "test", cwd=tmp_path).returncode != 0
+    _script(tmp_path / "scripts/suite.sh", "exit 0")
+    _script(tmp_path / "scripts/servers.sh", "exit 1")
+    assert _run("make", "test", cwd=tmp_path).returncode != 0
+
+
+def test_servers_that_are_there_are_not_installed(tmp_path: Path) -> None:
+    for name in ("etcd", "redis-server"):
+        _script(tmp_path / name, "exit 0")
+    _script(tmp_path / "apt-get", f"touch {tmp_path}/called")
+    done = _run("scripts/servers.sh", "etcd", "redis-server", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert not (tmp_path / "called").exists()
+
+
+def test_servers_that_cannot_be_installed_fail_and_say_what_lacks(tmp_path: Path) -> None:
+    bash = _script(tmp_path / "bash", "")
+    bash.unlink()
+    bash.symlink_to("/bin/bash")
+    done = _run("/bin/bash", "scripts/servers.sh", "etcd", "redis-server", PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "etcd-server" in done.stderr
+    assert "redis-server" in done.stderr
 
 
 def test_continuous_integration_runs_what_a_developer_runs() -> None:
