@@ -59,9 +59,6 @@ class Harness(ABC):
     """Whether other processes can open it, too."""
 
     keeps_records = True
-    """Whether the record of a kept version outlives the history around it."""
-
-    keeps_records = True
     """Whether a version keeps its record for as long as it is kept, also through compaction."""
 
     counts_by_prefix = True

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.stores.contract import Harness, SharedStoreContract
-from tests.support.etcd_servers import EtcdCluster, etcd
+from tests.support.etcd_servers import etcd
 from veltrix_mw.stores.etcd import EtcdStore
 
 _numbers = itertools.count()

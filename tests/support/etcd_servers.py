@@ -173,7 +173,11 @@ class EtcdCluster:
         if user or self.user:
             command += ["--user", user or f"{self.user}:{self.password}"]
         return subprocess.run(
-            [*command, *arguments], capture_output=True, input=stdin or b"", env={**os.environ, "ETCDCTL_API": "3"}
+            [*command, *arguments],
+            check=False,
+            capture_output=True,
+            input=stdin or b"",
+            env={**os.environ, "ETCDCTL_API": "3"},
         )
 
     def put(self, key: str, value: str) -> int:
@@ -266,7 +270,7 @@ def make_certificates(folder: Path, *, days: int = 2) -> Certificates:
     """A CA, and what it signed; with `days` below 0 the server's certificate has expired."""
 
     def run(*arguments: str) -> None:
-        done = subprocess.run(["openssl", *arguments], capture_output=True, cwd=folder)
+        done = subprocess.run(["openssl", *arguments], check=False, capture_output=True, cwd=folder)
         assert done.returncode == 0, done.stderr.decode()
 
     def signed(name: str, subject: str, *, extensions: str, days: int) -> None:
