@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from veltrix_mw.errors import SettingsError
-from veltrix_mw.settings import DEFAULT_NAMESPACE, StoreUrl, find_url, parse_url
+from veltrix_mw.settings import DEFAULT_NAMESPACE, StoreUrl, find_mirror_url, find_url, parse_url
 
 SECRET = "hunter2"
 
@@ -50,6 +50,16 @@ def test_without_either_the_error_shows_the_embedded_form(environ: dict[str, str
     for url in (None, ""):
         with pytest.raises(SettingsError, match=r"pass a URL or set VELTRIX_URL, for example sqlite:///config\.db"):
             find_url(url, environ=environ)
+
+
+def test_a_mirror_is_named_by_the_argument_or_the_environment_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"VELTRIX_MIRROR_URL": "redis://b"}
+    assert find_mirror_url("redis://a", environ=environ) == "redis://a"
+    for nothing in (None, ""):
+        assert find_mirror_url(nothing, environ=environ) == "redis://b"
+        assert find_mirror_url(nothing, environ={"VELTRIX_MIRROR_URL": ""}) is None
+    monkeypatch.setenv("VELTRIX_MIRROR_URL", "redis://env")
+    assert find_mirror_url(None) == "redis://env"
 
 
 # Files and names
@@ -135,19 +145,199 @@ def test_a_count_is_whole(option: str) -> None:
     assert refused(f"sqlite:///x.db?{option}=1.5").endswith("must be a positive whole number")
 
 
+# Servers
+
+
+def test_etcd_is_named_by_its_members_and_the_namespace_is_the_path() -> None:
+    assert parse_url("etcd://h1:2380,h2,h3/shop?timeout_s=2") == StoreUrl(
+        "etcd", "", "shop", {"timeout_s": 2.0}, (("h1", 2380), ("h2", 2379), ("h3", 2379))
+    )
+    assert parse_url("etcd://H1/shop/eu/").namespace == "shop/eu"
+    assert parse_url("etcds://h1", namespace="shop") == parse_url("etcds://h1/shop") == parse_url("ETCDS://h1/s%68op")
+
+
+def test_redis_is_one_host_with_a_database_and_a_namespace() -> None:
+    assert parse_url("redis://h1?namespace=shop") == StoreUrl("redis", "", "shop", {}, (("h1", 6379),))
+    assert parse_url("redis://h1:7000/3?namespace=shop&keep_revisions=9") == StoreUrl(
+        "redis", "", "shop", {"keep_revisions": 9}, (("h1", 7000),), 3
+    )
+    # A mirror's URL names none: it is given the authority's.
+    assert parse_url("rediss://h1/", namespace="shop") == parse_url("rediss://h1/0?namespace=shop")
+
+
+def test_hosts_may_be_ipv6_addresses_in_brackets() -> None:
+    hosts = (("::1", 2379), ("fe80::a", 2380), ("127.0.0.1", 2379))
+    assert parse_url("etcd://[::1],[FE80::a]:2380,127.0.0.1/shop").hosts == hosts
+    assert parse_url("redis://u:p@[::1]:7000?namespace=shop").hosts == (("::1", 7000),)
+
+
+@pytest.mark.parametrize("scheme", ["etcd", "redis"])
+def test_user_and_password_are_read_wherever_they_stand(scheme: str) -> None:
+    environ = {"SHOP_USER": "ann", "SHOP_PASSWORD": f"{SECRET}/@+ é\r\n"}
+    password = f"{SECRET}/@+ é"
+    encoded = quote(password, safe="+")
+    for login, query in (
+        (f"ann:{encoded}@", ""),
+        ("", f"?user=ann&password={encoded}"),
+        ("ann@", f"?password={encoded}"),
+        ("ann@", "?password_env=SHOP_PASSWORD"),
+        ("", "?user_env=SHOP_USER&password_env=SHOP_PASSWORD"),
+    ):
+        parsed = parse_url(f"{scheme}://{login}h1{query}", namespace="shop", environ=environ)
+        assert (parsed.user, parsed.password, parsed.options) == ("ann", password, {})
+    parsed = parse_url(f"{scheme}://h1", namespace="shop", environ=environ)
+    assert (parsed.user, parsed.password) == (None, None)
+
+
+def test_redis_takes_a_password_alone_and_etcd_does_not() -> None:
+    parsed = parse_url("redis://:pw@h1?namespace=shop")
+    assert (parsed.user, parsed.password) == (None, "pw")
+    assert "a password without a user; etcd wants both" in refused(f"etcd://:{SECRET}@h1/shop")
+
+
+def test_the_environment_of_secrets_is_the_process_s_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP_PASSWORD", "pw")
+    assert parse_url("redis://h1?namespace=shop&password_env=SHOP_PASSWORD").password == "pw"
+
+
+def test_files_of_tls_are_absolute_from_the_directory_of_the_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {"ca": str(tmp_path / "ca.pem"), "cert": "/etc/a b.pem", "key": str(tmp_path / "tls" / "key.pem")}
+    for url in ("etcds://h1/shop?", "rediss://h1?namespace=shop&"):
+        parsed = parse_url(f"{url}ca=ca.pem&cert=/etc/a%20b.pem&key=tls/key.pem")
+        assert (parsed.options, parsed.tls) == (files, True)
+    assert parse_url("etcds://h1/shop?cert=/both.pem").options == {"cert": "/both.pem"}
+    assert not parse_url("etcd://h1/shop").tls
+    assert not parse_url("redis://h1?namespace=shop").tls
+
+
+def test_etcd_reads_data_that_is_there_already() -> None:
+    parsed = parse_url("etcd://h1/shop?prefix=/config/a+b%20c/&values=text")
+    assert parsed.options == {"prefix": "/config/a+b c/", "values": "text"}
+    assert parse_url("etcd://h1/shop?values=json").options == {"values": "json"}
+
+
+@pytest.mark.parametrize(
+    ("url", "redacted"),
+    [
+        (f"etcd://ann:{SECRET}@h1,[::1]:23/shop/eu?timeout_s=1&values=text", "etcd://h1:2379,[::1]:23/shop/eu"),
+        (f"rediss://:{SECRET}@h1?namespace=shop&ca=/ca.pem", "rediss://h1:6379/0?namespace=shop"),
+        (f"redis://h1/2?namespace=shop&user=ann&password={SECRET}", "redis://h1:6379/2?namespace=shop"),
+        ("sqlite:////srv/a%20b.db?timeout_s=1", "sqlite:////srv/a%20b.db"),
+        ("sqlite:////srv/x.db?namespace=shop", "sqlite:////srv/x.db?namespace=shop"),
+        ("memory://my%20shop", "memory://my%20shop"),
+        ("memory://", "memory://"),
+    ],
+)
+def test_a_url_can_be_shown_without_its_secrets(url: str, redacted: str) -> None:
+    parsed = parse_url(url)
+    assert parsed.redacted == redacted
+    assert SECRET not in repr(parsed)
+    again = parse_url(redacted)
+    assert (again.scheme, again.name, again.namespace, again.hosts, again.db) == (
+        *(parsed.scheme, parsed.name, parsed.namespace, parsed.hosts, parsed.db),
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("etcd:h1/shop", "etcd: is followed by //, for example etcd://h1:2379,h2:2379,h3:2379/shop"),
+        ("etcd:///shop", "a host is missing in the etcd:// URL; write for example etcd://h1:2379,h2:2379,h3:2379/shop"),
+        ("etcd://h1,,h2/shop", "a host is missing"),
+        ("etcd://h1,h2,/shop", "a host is missing"),
+        ("redis://u:p@/0?namespace=shop", "a host is missing in the redis:// URL; write for example redis://h1:6379/0"),
+        ("etcd://h1:0/shop", "a host in the etcd:// URL is no HOST or HOST:PORT"),
+        ("etcd://h1:65536/shop", "no HOST or HOST:PORT"),
+        ("etcd://h1:/shop", "no HOST or HOST:PORT"),
+        ("etcd://h1:2379:1/shop", "no HOST or HOST:PORT"),
+        ("etcd://h1:x/shop", "no HOST or HOST:PORT"),
+        ("etcd://h 1/shop", "no HOST or HOST:PORT"),
+        ("etcd://::1/shop", "an IPv6 address in brackets"),
+        ("etcd://[::1/shop", "an IPv6 address in brackets"),
+        ("etcd://[1:2]/shop", "an IPv6 address in brackets"),
+        ("etcd://[::1]2379/shop", "an IPv6 address in brackets"),
+        ("etcd://h1,h2,H1:2379/shop", "a host stands twice in the etcd:// URL; keep one of them"),
+        ("etcd://h1", "names no namespace, which has no default: etcd://h1:2379,h2:2379,h3:2379/shop"),
+        ("etcd://h1/", "names no namespace"),
+        ("etcds://h1", "the etcds:// URL names no namespace, which has no default: etcds://h1:2379,"),
+        ("etcd://h1/a//b", "'a//b' is not a namespace"),
+        ("etcd://h1/.veltrix/x", "a namespace cannot begin with .veltrix"),
+        ("etcd://h1?namespace=shop", "the namespace of an etcd:// URL is its path: etcd://h1:2379"),
+        ("etcd://h1/%ff", "the name in the config URL is percent-encoded UTF-8 without NUL, for example"),
+        ("etcd://h1/a#b", "the etcd:// URL has a '#'; write %23 for one in a name or a password"),
+        ("redis://h1/0", "the redis:// URL names no namespace, which has no default: redis://h1:6379/0?namespace=shop"),
+        ("redis://h1/shop", "the path of a redis:// URL is the number of a database: redis://h1:6379/0?namespace=shop"),
+        ("redis://h1/-1?namespace=shop", "is the number of a database"),
+        ("redis://h1,h2?namespace=shop", "a redis:// URL names one host, for example redis://h1:6379/0?namespace=shop"),
+        ("redis+sentinel://s1,s2/m/0", "redis+sentinel:// comes with the next release; this one knows etcd://"),
+        ("rediss+cluster://h1:1,h2:2", "rediss+cluster:// comes with the next release"),
+        ("redis+tls://h1", "'redis+tls' is not a store that this version knows"),
+        ("etcd3://h1/shop", "did you mean etcd"),
+        ("etcd://h1/shop?transport=grpc", "the option transport of etcd:// comes with the next release; leave it out"),
+        ("etcds://h1/shop?discover=1", "the option discover of etcds:// comes with the next release"),
+        ("redis://h1/0?discover=1", "a redis:// URL has no option 'discover'"),
+        ("etcd://h1/shop?ca=x", "ca is an option of etcds://, which speaks TLS; etcd:// does not"),
+        ("redis://h1?key=x", "key is an option of rediss://, which speaks TLS; redis:// does not"),
+        ("sqlite:///x.db?ca=x", "a sqlite:// URL has no option 'ca'"),
+        ("etcd://h1/shop?keep_revisions=1", "an etcd:// URL has no option 'keep_revisions'"),
+        ("redis://h1?namespace=shop&values=text", "a redis:// URL has no option 'values'"),
+        ("etcd://h1/shop?timeout=1", "did you mean timeout_s?"),
+        ("etcd://h1/shop?timeout_s=0", "timeout_s in the etcd:// URL must be a positive number of seconds"),
+        ("redis://h1?namespace=shop&keep_revisions=1.5", "must be a positive whole number"),
+        ("etcd://h1/shop?values=yaml", "values in the etcd:// URL is json or text"),
+        ("etcd://h1/shop?values=", "values in the etcd:// URL is json or text"),
+        ("etcd://h1/shop?prefix=", "prefix in the etcd:// URL is empty; leave it out"),
+        ("etcd://h1/shop?prefix=.veltrix/shop/", "prefix in the etcd:// URL cannot hold .veltrix/"),
+        ("etcd://h1/shop?prefix=.v", "cannot hold .veltrix/"),
+        ("etcds://h1/shop?ca=", "ca in the etcds:// URL is empty; leave it out"),
+        ("etcds://h1/shop?key=/k.pem", "key in the etcds:// URL wants cert too"),
+        ("etcd://h1/shop?values=json&values=text", "stands twice in the etcd:// URL"),
+        ("etcd://h1/shop?prefix=%ff", "the options in the etcd:// URL are percent-encoded UTF-8 without NUL"),
+        ("etcd://h1/shop?prefix=a%00", "percent-encoded UTF-8 without NUL"),
+        ("etcd://ann@h1/shop", "gives a user without a password; add it behind the user, as USER:PASSWORD@"),
+        ("redis://ann:@h1?namespace=shop", "?password_env=NAME"),
+        (f"etcd://ann:{SECRET}@h1/shop?password={SECRET}", "the etcd:// URL gives the password twice; keep one"),
+        (f"etcd://ann:{SECRET}@h1/shop?user=bob", "the etcd:// URL gives the user twice; keep one"),
+        ("etcd://ann@h1/shop?password_env=NO_SUCH", "password_env in the etcd:// URL names NO_SUCH, which is not set"),
+        ("redis://h1?namespace=shop&user_env=NO_SUCH", "user_env in the redis:// URL names NO_SUCH, which is not set"),
+        (
+            f"redis://h1?namespace=shop&password_env={SECRET}",
+            "names an environment variable, which is not set or empty",
+        ),
+        (f"etcd://ann:{SECRET}%ff@h1/shop", "the password in the config URL is percent-encoded UTF-8 without NUL"),
+    ],
+)
+def test_a_wrong_url_of_a_server_is_told_how_to_write_it(url: str, said: str) -> None:
+    assert said in refused(url)
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP_PASSWORD", "\n")
+    assert "SHOP_PASSWORD, which is not set or empty" in refused("redis://h1?namespace=s&password_env=SHOP_PASSWORD")
+
+
 # What wrong URLs are told
 
 
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("", "begins with one of memory://, sqlite://, for example sqlite:///config.db"),
-        ("config.db", "begins with one of memory://, sqlite://"),
-        ("/srv/config.db", "begins with one of memory://, sqlite://"),
-        ("//srv/config.db", "begins with one of memory://, sqlite://"),
+        (
+            "",
+            "begins with one of etcd://, etcds://, memory://, redis://, rediss://, sqlite://, for example sqlite:///config.db",
+        ),
+        ("config.db", "begins with one of etcd://, etcds://, memory://, redis://, rediss://, sqlite://"),
+        ("/srv/config.db", "begins with one of etcd://, etcds://, memory://, redis://, rediss://, sqlite://"),
+        ("//srv/config.db", "begins with one of etcd://, etcds://, memory://, redis://, rediss://, sqlite://"),
         ("sqlit:///x.db", "did you mean sqlite://?"),
         ("sqlite3:///x.db", "did you mean sqlite://?"),
-        ("postgres://h/x", "'postgres' is not a store that this version knows (memory://, sqlite://)"),
+        (
+            "postgres://h/x",
+            "'postgres' is not a store that this version knows (etcd://, etcds://, memory://, redis://,",
+        ),
         ("sqlite:", "sqlite: is followed by //, for example sqlite:///config.db"),
         ("sqlite:x.db", "is followed by //"),
         ("sqlite:/srv/x.db", "is followed by //"),
@@ -194,6 +384,18 @@ def test_what_is_no_str_is_refused_by_its_type(url: Any) -> None:
         f"memory://user:{SECRET}@[",
         f"memory://user:{SECRET}@shop\u2100",  # the parser's own error quotes such a host
         f"redis://:{SECRET}@host:6379/0",
+        *(
+            # A password with a character that ends the user, the hosts, the path or the query, not percent-encoded.
+            f"{scheme}://ann:{left}{cut}{right}@h1{place}"
+            for scheme, place in (("etcd", "/shop"), ("redis", "/0?namespace=shop"))
+            for left, right in ((SECRET, "1"), ("1", SECRET), (SECRET, SECRET))
+            for cut in ("/", "?", "#", "/?", ",/", ":1/", "]/")
+        ),
+        f"etcd://ann:{SECRET}@h1@/shop",
+        f"etcd://h1,{SECRET}:x/shop",
+        f"redis://{SECRET}:x?namespace=shop",
+        f"redis://:{SECRET}@h1/0",
+        f"redis+sentinel://:{SECRET}@s1,[::1]/m",
         f"user:{SECRET}@host",
         f"sqlite:///x.db?password={SECRET}",
         f"sqlite:///x.db?timeout_s={SECRET}",
@@ -214,3 +416,26 @@ def test_any_text_is_a_url_or_a_settings_error(text: str) -> None:
             continue
         assert parsed.scheme in {"sqlite", "memory"}
         assert parsed.scheme == "memory" or os.path.isabs(parsed.name)
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_a_server_s_url_or_a_settings_error(text: str) -> None:
+    for url in (
+        *(f"{scheme}://{text}" for scheme in ("etcd", "rediss")),
+        *(f"etcd://{text}/shop", f"redis://h1/{text}?namespace=shop", f"etcds://h1/shop?{text}"),
+        *(f"etcd://ann:{text}@h1/shop", f"redis://h1?namespace=shop&password={text}"),
+    ):
+        try:
+            parsed = parse_url(url, environ={})
+        except SettingsError as exc:
+            assert exc.__context__ is None  # noqa: PT017
+            continue
+        assert all(host and 0 < port < 65536 for host, port in parsed.hosts)
+        assert parsed.hosts
+        assert parsed.namespace
+
+
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1))
+def test_any_password_can_be_written_percent_encoded(password: str) -> None:
+    for url in ("etcd://ann:{}@h1/shop", "redis://h1?namespace=shop&password={}", "redis://:{}@h1?namespace=shop"):
+        assert parse_url(url.format(quote(password, safe=""))).password == password
