@@ -13,7 +13,7 @@ from benchmarks.harness import QUICK, ROUNDS, Figure
 from benchmarks.plots import bars
 
 HERE = Path(__file__).parent
-ALL = ("p1_read", "p2_attach", "p6_apply", "p9_import")
+ALL = ("p1_read", "p2_attach", "p5_propagate", "p6_apply", "p9_import", "p10_load")
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ LABEL: Final = 3
 
 _MAX_BATCHES: Final = 256  # revisions one `next` returns at most: a follower publishes between two calls ...
 _MAX_BATCH_BYTES: Final = 1024 * 1024  # ... and bytes of values, but for one revision that is larger itself
-_HOLD_S: Final = 0.01  # how long a revision waits for its record, which comes a moment before or after it
+_HOLD_S: Final = 0.002  # how long a revision waits for its record, a moment before or after it; then it is asked for
 _LATE_S: Final = 1.0  # etcd has the record, and the watch does not bring it: it is out of step
 
 
