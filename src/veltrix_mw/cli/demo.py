@@ -9,21 +9,18 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from veltrix_mw import ConfigClient
 from veltrix_mw.cli import output
-from veltrix_mw.cli.demo_stage import DemoFailed, Line, Stage, expect, staged
+from veltrix_mw.cli.demo_stage import DemoFailed, Line, Stage, expect, interruptible, staged
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +70,7 @@ def run(*, as_json: bool) -> int:
 
     stays = output.on_terminal() and not as_json
     screen = Console(quiet=True) if as_json else output.console()
-    with _interruptible():
+    with interruptible():
         try:
             with staged(WORKERS) as stage:
                 try:
@@ -90,21 +87,6 @@ def run(*, as_json: bool) -> int:
     return 0
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM and a terminal that is closed end it as Ctrl-C does: the workers must not outlive the demo."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _play(stage: Stage, screen: Console) -> dict[str, Any]:
     _title(screen, "1", "The config, and an app that reads it")
     first = {KEY: BEFORE, "checkout/headline": HEADLINE}
@@ -113,7 +95,7 @@ def _play(stage: Stage, screen: Console) -> dict[str, Any]:
     started_s = stage.serve()
     screen.print(f"  uvicorn             {WORKERS} workers up after {started_s:.1f} s at {stage.address}")
 
-    with ConfigClient(stage.url) as client, stage.lines_by_pid() as lines:
+    with ConfigClient(stage.url, mirror="") as client, stage.lines_by_pid() as lines:
         _title(screen, "2", "Every worker serves it")
         for pid, line in lines.items():
             answer, took_s = line.get("/")

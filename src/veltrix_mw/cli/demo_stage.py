@@ -22,13 +22,15 @@ from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 from urllib.parse import quote
 
 from veltrix_mw.cli.demo_app import SPANS_VARIABLE
 
-__all__ = ["DemoFailed", "Line", "Stage", "expect", "staged"]
+__all__ = ["DemoFailed", "Line", "Stage", "expect", "interruptible", "staged", "uninterrupted"]
 
+_APP: Final = "veltrix_mw.cli.demo_app:app"
 _HOST: Final = "127.0.0.1"
 _START_S: Final = 30.0  # two workers need a second; on a machine that is busy, many
 _STOP_S: Final = 5.0
@@ -83,13 +85,16 @@ class Line:
 class Stage:
     """The demo's folder and server. Made by `staged`, which also takes it away."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int, *, app: str = _APP, url: str = "", mirror_url: str = "") -> None:
+        """`app` is what the workers serve; without `url` the config lies in a file of the folder."""
         self._folder = folder
         self._workers = workers
         self._port = 0
         self._server: subprocess.Popen[bytes] | None = None
         self._log_path = folder / "server.log"
-        self.url = f"sqlite:///{quote(str(folder / 'config.db'))}"
+        self._app = app
+        self.url = url or f"sqlite:///{quote(str(folder / 'config.db'))}"
+        self.mirror_url = mirror_url
 
     @property
     def address(self) -> str:
@@ -99,7 +104,7 @@ class Stage:
         """Run the command `veltrix` in a process of its own; what it printed."""
         done = subprocess.run(  # noqa: S603  # this package's own command
             [*_command(), *arguments],
-            env={**os.environ, "VELTRIX_URL": self.url},
+            env={**os.environ, "VELTRIX_URL": self.url, "VELTRIX_MIRROR_URL": ""},
             input=stdin,
             capture_output=True,
             text=True,
@@ -126,14 +131,15 @@ class Stage:
         with self._log_path.open("wb") as log:
             self._server = subprocess.Popen(  # noqa: S603  # this Python
                 [
-                    *(sys.executable, "-m", "uvicorn", "--factory", "veltrix_mw.cli.demo_app:app"),
+                    *(sys.executable, "-m", "uvicorn", "--factory", self._app),
                     *("--host", _HOST, "--port", str(self._port), "--workers", str(self._workers)),
                     *("--log-level", "warning", "--timeout-keep-alive", "60", "--timeout-graceful-shutdown", "2"),
                 ],
                 env={
-                    # What is exported for another app's telemetry is not for this one.
+                    # What is exported for another app, its telemetry and its mirror, is not for this one.
                     **{name: value for name, value in os.environ.items() if not name.startswith("OTEL_")},
                     "VELTRIX_URL": self.url,
+                    "VELTRIX_MIRROR_URL": self.mirror_url,
                     SPANS_VARIABLE: str(self._folder),
                 },
                 stdin=subprocess.DEVNULL,
@@ -218,20 +224,35 @@ class Stage:
 
 
 @contextmanager
-def staged(workers: int) -> Iterator[Stage]:
+def staged(workers: int, *, app: str = _APP, url: str = "", mirror_url: str = "") -> Iterator[Stage]:
     """A stage in a temporary folder. Raises `DemoFailed` if the server is not installed."""
     expect(find_spec("uvicorn") is not None, "it serves with uvicorn, which is not installed: pip install uvicorn")
     with tempfile.TemporaryDirectory(prefix="veltrix-demo-") as folder:
-        stage = Stage(Path(folder), workers)
+        stage = Stage(Path(folder), workers, app=app, url=url, mirror_url=mirror_url)
         try:
             yield stage
         finally:
-            with _uninterrupted():
+            with uninterrupted():
                 stage.stop()
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
+    """SIGTERM and a terminal that is closed end it as Ctrl-C does: the workers must not outlive the demo."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
     """A second Ctrl-C must not leave the workers behind; what it would cut short takes at most `_STOP_S`."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
