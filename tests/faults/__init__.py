@@ -1,0 +1,1 @@
+"""What must hold while servers, links and processes fail: on real servers, under load."""
