@@ -80,10 +80,14 @@ class EtcdCluster:
 
     def start(self, *members: Member) -> None:
         """Start these members, or all, and wait until each of them answers."""
-        for member in members or self.members:
-            self._spawn(member)
+        self.spawn(*members)
         for member in members or self.members:
             self.wait_healthy(member)
+
+    def spawn(self, *members: Member) -> None:
+        """Start these members, or all; they may not answer yet."""
+        for member in members or self.members:
+            self._spawn(member)
 
     def _spawn(self, member: Member) -> None:
         here, peer = f"{self.scheme}://127.0.0.1:{member.port}", f"http://127.0.0.1:{member.peer_port}"
@@ -170,6 +174,7 @@ class EtcdCluster:
         command = ["etcdctl", "--endpoints", endpoints]
         if self.tls:
             command += ["--cacert", str(self.tls.ca)]
+            command += ["--cert", str(self.tls.client_cert), "--key", str(self.tls.client_key)]
         if user or self.user:
             command += ["--user", user or f"{self.user}:{self.password}"]
         return subprocess.run(
@@ -252,15 +257,20 @@ class EtcdCluster:
 
 
 @contextlib.contextmanager
-def etcd(members: int = 1, *, options: Sequence[str] = (), tls: Certificates | None = None) -> Iterator[EtcdCluster]:
-    """A running cluster of that many members."""
+def etcd(
+    members: int = 1, *, options: Sequence[str] = (), tls: Certificates | None = None, waits: bool = True
+) -> Iterator[EtcdCluster]:
+    """A running cluster of that many members; healthy, unless nobody `waits` for that."""
     assert shutil.which("etcd"), "etcd is missing: apt-get install etcd-server etcd-client"
     with tempfile.TemporaryDirectory(prefix="veltrix-etcd-") as folder:
         path = Path(folder)
         made = [Member(f"n{number}", path, free_port(), free_port()) for number in range(members)]
         cluster = EtcdCluster(path, made, options, tls)
         try:
-            cluster.start()
+            if waits:
+                cluster.start()
+            else:
+                cluster.spawn()
             yield cluster
         finally:
             cluster.close()
@@ -282,8 +292,9 @@ def make_certificates(folder: Path, *, days: int = 2) -> Certificates:
 
     folder.mkdir(parents=True, exist_ok=True)
     run("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3",
-        "-subj", "/CN=test CA", "-keyout", "ca.key", "-out", "ca.pem")  # fmt: skip
-    usage = "extendedKeyUsage=serverAuth,clientAuth\n"
+        "-subj", "/CN=test CA",
+        "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-keyout", "ca.key", "-out", "ca.pem")  # fmt: skip
+    usage = "extendedKeyUsage=serverAuth,clientAuth\nauthorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n"
     signed("server", "/CN=etcd", extensions=f"subjectAltName=IP:127.0.0.1\n{usage}", days=days)
     signed("client", "/O=veltrix", extensions=usage, days=2)
     return Certificates(*(folder / name for name in ("ca.pem", "server.pem", "server.key", "client.pem", "client.key")))

@@ -76,11 +76,12 @@ class Tls:
 class _Failed(Exception):
     """One member did not serve; another may. `may_have_run`: the request could have been carried out all the same."""
 
-    def __init__(self, why: str, *, may_have_run: bool = True, in_vain: bool = False) -> None:
+    def __init__(self, why: str, *, may_have_run: bool = True, in_vain: bool = False, is_late: bool = False) -> None:
         super().__init__(why)
         self.why = why
         self.may_have_run = may_have_run
         self.in_vain = in_vain  # asking it again soon would not help
+        self.is_late = is_late
 
 
 class _TokenRefused(Exception):
@@ -259,7 +260,7 @@ class Gateway:
         return self._on_some_member(attempt, deadline_s, once=once)
 
     def watch(self, creates: Sequence[WatchCreate], *, deadline_s: float) -> WatchStream:
-        """One stream with all of these watches. Raises as `call` does; `CompactedAt` where one begins too early."""
+        """One stream with all of these watches; its first messages tell what began too early. Raises as `call`."""
         body = encode_creates(list(creates))
 
         def attempt(here: _Here, host: Host, begun_by_s: float) -> WatchStream:
@@ -299,7 +300,8 @@ class Gateway:
                         answer = self._as_user(here, host, attempt, begun_by_s)
                     except _Failed as failed:
                         here.failed(host, time.monotonic())
-                        failures[host] = failed
+                        if host not in failures or not failed.is_late:
+                            failures[host] = failed  # what a last, short attempt misses says less
                         if once and failed.may_have_run:
                             raise StoreUnavailable(
                                 f"{failed.why}; the write's fate is unknown: read again, then write again if need be"
@@ -481,6 +483,19 @@ class Gateway:
 
     # --- what went wrong
 
+    def _speaks_tls(self, host: Host) -> bool:
+        """Whether TLS is what a server wants that ends plain connections without a word, as etcd does."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said, nothing believed
+        try:
+            with socket.create_connection(host, timeout=_ATTEMPT_S / 2) as plain:
+                context.wrap_socket(plain).close()
+        except ssl.SSLError as exc:
+            return "ALERT" in (exc.reason or "")  # it minds who we are, in TLS
+        except OSError:
+            return False
+        return True
+
     def _failure(self, exc: Exception, host: Host) -> _Failed:
         """What a connection's error means."""
         where = _told(host)
@@ -502,8 +517,10 @@ class Gateway:
                     may_have_run=False,
                     in_vain=True,
                 )
+            case NotHttp(begin=b"") | ConnectionResetError() if self._tls is None and self._speaks_tls(host):
+                return _Failed(_wants_tls(where), may_have_run=False, in_vain=True)
             case NotHttp() if self._tls is None and cause.begin[:1] in {b"\x15", b"\x16"}:
-                return _Failed(_speaks_tls(where), may_have_run=False, in_vain=True)
+                return _Failed(_wants_tls(where), may_have_run=False, in_vain=True)
             case NotHttp() if cause.begin:
                 return _Failed(f"what answers at {where} is no etcd; name its client port (2379 by default)")
             case socket.gaierror():
@@ -519,7 +536,7 @@ class Gateway:
                     in_vain=True,
                 )
             case TimeoutError():
-                return _Failed(f"etcd at {where} did not answer in time")
+                return _Failed(f"etcd at {where} did not answer in time", is_late=True)
             case OSError() if cause.strerror:
                 return _Failed(f"etcd at {where} cannot be reached ({cause.strerror}); check address and network")
             case _:
@@ -532,7 +549,7 @@ class Gateway:
             said = decode(body, _Refusal)
         except ValueError:
             if b"HTTP request to an HTTPS server" in body:
-                return _Failed(_speaks_tls(where), may_have_run=False, in_vain=True)
+                return _Failed(_wants_tls(where), may_have_run=False, in_vain=True)
             if response.status == 404:
                 return _Failed(
                     f"etcd at {where} has its gRPC gateway off; start it with --enable-grpc-gateway=true, "
@@ -644,7 +661,7 @@ def _told(host: Host) -> str:
     return f"[{host[0]}]:{host[1]}" if ":" in host[0] else f"{host[0]}:{host[1]}"
 
 
-def _speaks_tls(where: str) -> str:
+def _wants_tls(where: str) -> str:
     return f"etcd at {where} speaks TLS only; write etcds:// instead of etcd://"
 
 
@@ -656,7 +673,10 @@ def _about_certificate(exc: ssl.SSLCertVerificationError, where: str, tls: Tls |
     if exc.verify_code == 9:  # not yet valid
         return f"the certificate of etcd at {where} is not valid yet; check the clocks of both machines"
     trusted = f"by the CA in {tls.ca}" if tls and tls.ca else "by a CA that this system trusts"
-    return f"the certificate of etcd at {where} is not signed {trusted}; give the file of the right one: ca="
+    return (
+        f"the certificate of etcd at {where} is not signed {trusted} ({exc.verify_message}); give the file of the "
+        "right one: ca="
+    )
 
 
 def _cause(exc: BaseException) -> BaseException:
