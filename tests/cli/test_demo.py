@@ -48,7 +48,7 @@ def test_the_demo_shows_what_it_did_and_leaves_nothing(shell: Shell, temporary: 
     assert "\x1b" not in done.stdout
     pids = {int(pid) for pid in re.findall(r"worker (\d+) +50 → 80 at revision 2, \d+ ms after the write", done.stdout)}
     assert len(pids) == 2
-    assert re.search(r"streamed \d+ lines, begun before the change, ended after it", done.stdout)
+    assert re.search(r"streamed \d+ lines, begun before the change, ended after\n", done.stdout)
     assert "checkout/max_items = 50 at revision 1" in done.stdout.partition("straddled")[2]
     assert "veltrix.lookup.count 2" in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines())

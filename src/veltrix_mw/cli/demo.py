@@ -182,7 +182,7 @@ def _straddled(lines: Sequence[Mapping[str, Any]], written: int) -> Straddling:
 
 
 def _show_straddling(screen: Console, seen: Straddling) -> None:
-    screen.print(f"  worker {seen.pid:<12} streamed {seen.lines} lines, begun before the change, ended after it")
+    screen.print(f"  worker {seen.pid:<12} streamed {seen.lines} lines, begun before the change, ended after")
     screen.print(f"  each line           {KEY} = {seen.value} at revision {seen.revision}")
     screen.print(
         f"  the last {seen.lines_after:<10} were sent when this worker gave new requests revision "
