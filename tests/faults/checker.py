@@ -1,4 +1,7 @@
-"""The checker: what must hold of all that was recorded, whatever was broken meanwhile. Knows no server and no client."""
+"""The checker: what must hold of all that was recorded, whatever was broken meanwhile.
+
+Knows no server and no client.
+"""
 
 from __future__ import annotations
 
@@ -136,22 +139,3 @@ class Checker:
                 f"{told} says that it was the newest until {claimed_s:.3f}, but a newer write was acknowledged at "
                 f"{newer_s:.3f}"
             )
-
-    def check_convergence(self, *, since_s: float, until_s: float, bound_s: float, usual_s: float) -> None:
-        """Every write acknowledged in the window was published by each worker in `usual_s`, or by `since_s + bound_s`.
-
-        So a fault at `since_s` may hold changes up until its bound; from then on it is as if nothing had happened.
-        """
-        for pid, published in self.publications.items():
-            index = 0
-            for write in self.writes:
-                if not since_s <= write.acknowledged_s < until_s:
-                    continue
-                while index < len(published) and published[index].revision < write.revision:
-                    index += 1
-                by_s = max(write.acknowledged_s + usual_s, since_s + bound_s)
-                at_s = published[index].t if index < len(published) else math.inf
-                assert at_s <= by_s, (
-                    f"{pid} published revision {write.revision} {at_s - since_s:.2f} s after the fault, "
-                    f"{at_s - write.acknowledged_s:.2f} s after it was acknowledged (bounds {bound_s:.1f}, {usual_s:.1f})"
-                )

@@ -452,7 +452,7 @@ def rig(
                 server="gunicorn",
                 workers=workers,
                 env={**links.environment, "TRACE_FOLDER": str(folder), **(environment or {})},
-            )  # fmt: skip
+            )
         )
         checker, writer = Checker(), Writer(cluster, every_s=writes_every_s)
         made = Rig(cluster, redis, links, standing, served, folder, writer, checker, workers)
