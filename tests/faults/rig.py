@@ -355,7 +355,10 @@ class Rig:
         return seen
 
     def until_status(self, wanted: Callable[[dict[str, Any]], bool], timeout_s: float, *, reason: str) -> None:
-        wait_until(lambda: all(map(wanted, self.statuses().values())), timeout_s, reason=reason, interval_s=0.1)
+        try:
+            wait_until(lambda: all(map(wanted, self.statuses().values())), timeout_s, reason=reason, interval_s=0.1)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.told()}") from None
 
     # --- who is who
 
