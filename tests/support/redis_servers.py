@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tests.support.ports import free_port
 from tests.support.waiting import wait_until
@@ -20,6 +22,7 @@ from tests.support.waiting import wait_until
 __all__ = ["Certificates", "RedisServer", "redis_server"]
 
 _START_S: Final = 30.0  # an end to waiting in vain; a server is up in a few milliseconds
+_ONCE: Final = Retry(NoBackoff(), 0)
 _TRIES: Final = 5  # another process may take the port before the server does
 
 
@@ -84,17 +87,20 @@ class RedisServer:
         if self._client is None:
             secure: dict[str, Any] = {}
             if self._tls is not None:
-                ca, cert, key = map(str, self._tls)
-                secure = {"ssl": True, "ssl_ca_certs": ca, "ssl_certfile": cert, "ssl_keyfile": key}
-            self._client = redis.Redis("127.0.0.1", self.port, socket_timeout=_START_S, **secure)
+                _, cert, key = map(str, self._tls)
+                # Not verified: what is wrong with a certificate is for the code under test to find.
+                secure = {"ssl": True, "ssl_cert_reqs": "none"}
+                if "--tls-auth-clients" in self._options:
+                    secure |= {"ssl_certfile": cert, "ssl_keyfile": key}
+            self._client = redis.Redis("127.0.0.1", self.port, socket_timeout=_START_S, retry=_ONCE, **secure)
         return self._client
 
     def run(self, *command: Any) -> Any:
         """The reply to one command."""
         return self.client.execute_command(*command)
 
-    def start(self) -> None:
-        """Start it again after `kill`, on the same port and folder."""
+    def start(self, *, wait: bool = True) -> None:
+        """Start it again after `kill`, on the same port and folder; `wait`: until it serves."""
         command = [
             "redis-server", "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", "", "--dbfilename", "dump.rdb",
             "--logfile", str(self.folder / "log"), "--enable-debug-command", "yes", *self._listening(), *self._options,
@@ -103,16 +109,20 @@ class RedisServer:
 
         def answers() -> bool:
             assert process.poll() is None, f"redis-server ended: {(self.folder / 'log').read_text()[-2000:]}"
-            with contextlib.suppress(redis.ConnectionError):
-                try:
-                    return bool(self.run("PING"))
-                except redis.AuthenticationError:
-                    return True
-                except redis.ResponseError:
-                    return True
-            return False
+            try:
+                return bool(self.run("PING"))
+            except (redis.AuthenticationError, redis.ResponseError):
+                return True
+            except redis.BusyLoadingError:
+                return not wait
+            except redis.ConnectionError:
+                return False
 
-        wait_until(answers, _START_S, reason="redis-server to answer")
+        try:
+            wait_until(answers, _START_S, reason="redis-server to answer")
+        except BaseException:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         """kill -9, and wait."""
@@ -130,14 +140,14 @@ class RedisServer:
         """SIGCONT."""
         self._signal(signal.SIGCONT)
 
-    def restart(self, *, dump: bytes | None = None) -> None:
+    def restart(self, *, dump: bytes | None = None, wait: bool = True) -> None:
         """Kill it and start it again: with that dump, or with nothing."""
         self.kill()
         if dump is None:
             self.dump.unlink(missing_ok=True)
         else:
             self.dump.write_bytes(dump)
-        self.start()
+        self.start(wait=wait)
 
     def save(self) -> bytes:
         """The dump of now."""

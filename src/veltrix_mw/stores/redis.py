@@ -60,16 +60,25 @@ class _Rules:
 
     kind = AUTHORITY
 
-    def __init__(self) -> None:
+    def __init__(self, names: Names, url: str) -> None:
+        self._names = names
+        self._url = url
         self.was_there = False
 
-    def nothing(self, names: Names) -> StoreError | None:
-        if not self.was_there:
+    def nothing(self, *, left: bool) -> StoreError | None:
+        if not (left or self.was_there):
             return None
+        names = self._names
         return StoreUnavailable(
-            f"the keys of {names.base}* are gone: flushed, evicted, or Redis restarted without them. What was read "
-            "before is served on. Restore a backup, or write everything anew; and set maxmemory-policy noeviction and "
-            "appendonly yes"
+            f"the keys {names.base}* are gone from {self._url}: flushed, evicted, or it restarted without them. What "
+            f"was read before is served on. Restore a backup, or DEL {names.changes} and write everything anew; then "
+            "set maxmemory-policy noeviction and appendonly yes"
+        )
+
+    def wrong_kind(self) -> StoreError:
+        return StoreError(
+            f"{self._names.base}* at {self._url} is a mirror, fed from another authority: it cannot be the authority "
+            "itself. Give the authority's URL, with this one as mirror=; or choose another namespace"
         )
 
     def other_history(self, reason: str) -> StoreError:
@@ -121,7 +130,7 @@ class RedisStore:
             key=key,
         )
         self._names = Names(namespace)
-        self._rules = _Rules()
+        self._rules = _Rules(self._names, self._link.url)
         self._reader = Reader(self._link, self._names, self._rules)
         self._timeout_s = timeout_s
         self._keep_revisions = keep_revisions
@@ -254,9 +263,11 @@ class RedisStore:
             case b"ok":
                 return
             case b"kind":
-                raise self._reader.wrong_kind()
+                raise self._rules.wrong_kind()
             case b"gone":
-                raise self._reader.gone()
+                fault = self._rules.nothing(left=True)
+                assert fault is not None
+                raise fault
             case b"ahead":
                 raise StoreError(
                     f"{names.changes} at {self._link.url} is ahead of {names.entries}, so one of them is of another "
@@ -268,12 +279,13 @@ class RedisStore:
 
     def _read_now(self, connection: Connection, keys: Sequence[str]) -> tuple[Meta | None, dict[str, Stored]]:
         """The meta and the present ones of `keys`, of one moment: they are fields of one hash."""
-        values: list[bytes | None] = connection.execute("HMGET", self._names.entries, *META_FIELDS, *keys)
-        meta = meta_of(values[: len(META_FIELDS)])
-        if meta is None:
-            if self._reader.meta(connection) is not None:
-                raise Torn("it was written to for the first time in between; try again")
-            return None, {}
+        while True:
+            values: list[bytes | None] = connection.execute("HMGET", self._names.entries, *META_FIELDS, *keys)
+            meta = meta_of(values[: len(META_FIELDS)])
+            if meta is not None:
+                break
+            if self._reader.is_nothing(connection):
+                return None, {}
         self._reader.check_kind(meta)
         self._rules.was_there = True
         found = zip(keys, values[len(META_FIELDS) :], strict=True)

@@ -22,16 +22,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from weakref import WeakSet
 
-from veltrix_mw.errors import AuthFailed, SettingsError, StoreError, StoreUnavailable
+import redis
+from redis import exceptions as errors
+from redis.connection import Connection as _DriverConnection
+
+from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
 from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
-
-try:
-    import redis
-    from redis import exceptions as errors
-    from redis.connection import Connection as _DriverConnection
-except ImportError as exc:
-    raise SettingsError("redis:// needs the driver redis: pip install 'veltrix-mw[redis]'") from exc
 
 __all__ = ["Command", "Connection", "RedisLink"]
 
@@ -64,7 +61,12 @@ class _Socket:
 
     def sendall(self, data: bytes) -> None:
         self._arm()
-        self.raw.sendall(data)
+        try:
+            self.raw.sendall(data)
+        except ConnectionError:
+            if isinstance(self.raw, ssl.SSLSocket):
+                self.raw.recv(1)  # the server may have said why it closed: that raises in place of this
+            raise
 
     def settimeout(self, timeout_s: float | None) -> None:
         """The driver's own timeouts are for one read each; the deadline stands."""
@@ -273,10 +275,13 @@ class RedisLink:
                 **({"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}),
             )
             wire.connect()
+            connection = Connection(sock, wire)
+            if self._password is None:
+                # A server that asks for a password hangs up on commands of more than ten words, and says nothing.
+                connection.execute("EXISTS", self._names.entries)
         except BaseException:
             sock.close()
             raise
-        connection = Connection(sock, wire)
         with self.lock:
             self._opened.add(connection)
         return connection
@@ -344,7 +349,7 @@ class RedisLink:
                 raw.settimeout(left_s)
                 raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 raw.connect(address)
-                return raw if context is None else context.wrap_socket(raw, server_hostname=self._host)
+                return raw if context is None else self._secured(context, raw)
             except OSError as exc:
                 raw.close()
                 failure = exc
@@ -352,6 +357,15 @@ class RedisLink:
                 raw.close()
                 raise
         raise failure or OSError(f"{self._host} has no address")
+
+    def _secured(self, context: ssl.SSLContext, raw: socket.socket) -> socket.socket:
+        try:
+            return context.wrap_socket(raw, server_hostname=self._host)
+        except TimeoutError as exc:
+            raise StoreUnavailable(
+                f"{self.url} did not answer the TLS handshake in time: is it up? If its port is one without TLS, "
+                "write redis://"
+            ) from exc
 
     def _tls_context(self) -> ssl.SSLContext:
         if self._context is None:
@@ -396,7 +410,11 @@ class RedisLink:
             return StoreUnavailable(f"{url} has as many clients as it may: raise maxclients")
         reset = isinstance(error, (ConnectionResetError, BrokenPipeError)) or "Connection closed by server" in text
         if reset or "Connection reset" in text or "while writing to socket" in text:
-            hint = "" if self._tls else " (a TLS port does so too: write rediss:// if it is one)"
+            hint = " (a TLS port does so too: write rediss:// if it is one)"
+            if self._tls:
+                hint = (
+                    "" if self._files[1] else " (one that asks for a client certificate does so too: give cert and key)"
+                )
             return StoreUnavailable(f"{url} closed the connection{hint}; try again")
         if isinstance(error, OSError):
             return StoreUnavailable(f"{url} cannot be reached: {error.strerror or type(error).__name__}")

@@ -48,10 +48,20 @@ class _Rules:
 
     kind = MIRROR
 
-    def nothing(self, names: Names) -> StoreError | None:
+    def __init__(self, names: Names, url: str) -> None:
+        self._names = names
+        self._url = url
+
+    def nothing(self, *, left: bool) -> StoreError | None:  # noqa: ARG002  # an authority needs it
         return StoreUnavailable(
-            f"the mirror {names.base}* is empty: no relay has filled it yet, or it was flushed or evicted; a relay "
-            "fills it again"
+            f"the mirror {self._names.base}* at {self._url} is empty: no relay has filled it yet, or it was flushed or "
+            "evicted; a relay fills it again"
+        )
+
+    def wrong_kind(self) -> StoreError:
+        return StoreError(
+            f"{self._names.base}* at {self._url} is an authority, not a mirror, and a relay would destroy it: give the "
+            "mirror another db or namespace"
         )
 
     def other_history(self, reason: str) -> StoreError:
@@ -92,7 +102,8 @@ class RedisMirror:
             host, port, db=db, namespace=namespace, tls=tls, user=user, password=password, ca=ca, cert=cert, key=key
         )
         self._names = Names(namespace)
-        self._reader = Reader(self._link, self._names, _Rules())
+        self._rules = _Rules(self._names, self._link.url)
+        self._reader = Reader(self._link, self._names, self._rules)
         self._timeout_s = timeout_s
         self._keep_revisions = keep_revisions
         self._info = StoreInfo("redis", self._link.url, namespace, Limits(MAX_VALUE_BYTES))
@@ -240,7 +251,7 @@ class RedisMirror:
                     "what was prepared for the mirror is not whole any more (evicted?); fill it again"
                 )
             case b"kind":
-                raise self._reader.wrong_kind()
+                raise self._rules.wrong_kind()
             case _:
                 raise self._link.not_ours(f"{self._names.entries} or {self._names.changes}, without our meta,")
 

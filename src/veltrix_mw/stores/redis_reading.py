@@ -59,8 +59,12 @@ class Rules(Protocol):
 
     kind: bytes
 
-    def nothing(self, names: Names) -> StoreError | None:
-        """There is no meta; None where that is no fault."""
+    def nothing(self, *, left: bool) -> StoreError | None:
+        """There is no meta; None where that is no fault. `left`: something says that there was."""
+        ...
+
+    def wrong_kind(self) -> StoreError:
+        """The meta is of the other kind."""
         ...
 
     def other_history(self, reason: str) -> StoreError: ...
@@ -143,52 +147,36 @@ class Reader:
 
     def meta_and(self, connection: Connection, commands: Sequence[Command]) -> tuple[Meta | None, list[Any]]:
         """The meta, and the replies to commands sent right after the question for it."""
-        values, *replies = connection.pipeline([self._get_meta, *commands])
-        meta = meta_of(values)
-        if meta is None:
-            self._check_nothing(connection)
-        else:
-            self.check_kind(meta)
-        return meta, replies
+        while True:
+            values, *replies = connection.pipeline([self._get_meta, *commands])
+            meta = meta_of(values)
+            if meta is not None:
+                self.check_kind(meta)
+                return meta, replies
+            if self.is_nothing(connection):
+                return None, replies
 
     def check_kind(self, meta: Meta) -> None:
         if meta.kind != self.rules.kind:
-            raise self.wrong_kind()
+            raise self.rules.wrong_kind()
 
-    def wrong_kind(self) -> StoreError:
-        base, url = self.names.base, self.link.url
-        if self.rules.kind == MIRROR:
-            return StoreError(
-                f"{base}* at {url} is an authority, not a mirror: writes made there would be lost. Give the mirror "
-                "another db or namespace, or follow it as redis://"
-            )
-        return StoreError(
-            f"{base}* at {url} is a mirror, fed from another authority: it cannot be the authority itself. Name the "
-            "authority's URL first and this one as mirror=, or choose another namespace"
-        )
+    def is_nothing(self, connection: Connection) -> bool:
+        """Whether there is rightly no meta, where none was found; False where it was made since.
 
-    def _check_nothing(self, connection: Connection) -> None:
-        """Raise where there is no meta and should be."""
+        Raises where there should be one.
+        """
         names = self.names
-        entries, changes = connection.pipeline([("EXISTS", names.entries), ("EXISTS", names.changes)])
+        # In this order: what is made in between makes both, and then the entries are seen.
+        changes, entries = connection.pipeline([("EXISTS", names.changes), ("EXISTS", names.entries)])
         if entries:
             values: list[bytes | None] = connection.execute(*self._get_meta)
-            if meta_of(values) is not None:
-                raise Torn("it was written to for the first time in between; try again")
-            raise self.link.not_ours(f"{names.entries}, without our meta,")
-        if changes:
-            raise self.gone()
-        fault = self.rules.nothing(names)
+            if meta_of(values) is None:
+                raise self.link.not_ours(f"{names.entries}, without our meta,")
+            return False
+        fault = self.rules.nothing(left=bool(changes))
         if fault is not None:
             raise fault
-
-    def gone(self) -> StoreUnavailable:
-        names, url = self.names, self.link.url
-        return StoreUnavailable(
-            f"the keys of {names.base}* are gone from {url}: flushed, evicted, or it restarted without them. What was "
-            "read before is served on. Restore a backup, or write everything anew (after redis-cli: DEL "
-            f"{names.changes}); and set maxmemory-policy noeviction"
-        )
+        return True
 
     def check(self, connection: Connection, position: Position) -> Meta | None:
         """The meta, once `position` was found in the history with all that follows it."""
@@ -199,12 +187,17 @@ class Reader:
             look = ("XRANGE", self.names.changes, "-", "+", "COUNT", 1)
         meta, (found,) = self.meta_and(connection, [look])
         if meta is None:
-            if position.revision:
-                raise self.rules.nothing(self.names) or self.gone()
+            self.check_never_written(position)
             return None
         entries = entries_of(found)
         self._judge(meta, position, entries[0] if entries else None)
         return meta
+
+    def check_never_written(self, position: Position) -> None:
+        """Raise where there is no meta, and `position` says that there was."""
+        fault = self.rules.nothing(left=True) if position.revision else None
+        if fault is not None:
+            raise fault
 
     def judge_newest(self, meta: Meta, position: Position) -> None:
         """Raise unless `position` is in the history that `meta` is of, as far as meta alone can tell."""
@@ -343,7 +336,10 @@ class RedisWatch:
         self._page = Page()
         self._looked_s = 0.0
         self._is_closed = False
-        # Protects the connection and `_is_closed`: `close` may come from another thread. Not held while waiting.
+        self._is_waiting = False
+        self._pid = os.getpid()
+        # Protects `_is_closed`, `_is_waiting` and the connection: `close` may come from another thread. Not held while
+        # waiting.
         self._lock = threading.Lock()
         self._connection: Connection | None = None
 
@@ -362,6 +358,9 @@ class RedisWatch:
 
     def next(self, timeout_s: float) -> Sequence[Batch]:
         until_s = time.monotonic() + timeout_s
+        self._forget_parents()
+        with self._lock:
+            self._is_waiting = True
         try:
             with self._reader.link.translating(self._patience_s):
                 return self._wait(until_s)
@@ -370,24 +369,33 @@ class RedisWatch:
             if self._is_closed and isinstance(exc, StoreError):
                 raise StoreUnavailable("the watch was closed; watch again") from exc
             raise
+        finally:
+            with self._lock:
+                self._is_waiting = False
+            if self._is_closed:
+                self._let_go()
 
     def close(self) -> None:
+        self._forget_parents()
         with self._lock:
             self._is_closed = True
-            connection = self._connection
-        if connection is not None:
-            connection.shut_down()
+            connection, waiting = self._connection, self._is_waiting
+        if connection is not None and waiting:
+            connection.shut_down()  # who waits on it closes it
+        else:
+            self._let_go()
 
     # ---
 
-    def _wait(self, until_s: float) -> Sequence[Batch]:
-        if self._connection is not None and self._connection.pid != os.getpid():
+    def _forget_parents(self) -> None:
+        if self._pid != os.getpid():
             # A fork: the parent's threads may have held the lock, and the connection is the parent's.
+            self._pid, self._is_waiting = os.getpid(), False
             self._lock, self._connection = threading.Lock(), None
+
+    def _wait(self, until_s: float) -> Sequence[Batch]:
         while True:
             connection = self._connected(time.monotonic() + self._patience_s)
-            if self._connection is not connection:
-                raise StoreUnavailable("the watch was closed; watch again")
             if time.monotonic() - self._looked_s >= _LOOK_S:
                 batches = self._look(connection)
             else:
@@ -414,8 +422,7 @@ class RedisWatch:
         if batches:
             return batches
         if meta is None:
-            if self._position.revision:
-                raise self._reader.rules.nothing(self._reader.names) or self._reader.gone()
+            self._reader.check_never_written(self._position)
             return batches
         self._reader.judge_newest(meta, self._position)
         if meta.revision > self._position.revision:
