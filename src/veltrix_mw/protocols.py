@@ -124,7 +124,8 @@ class Confirmation:
 
     `count` is the number of eager entries in the namespace, None where that is not known. `age_s` is how old that
     knowledge was when the question was sent: 0 from the authority itself, the relay's own age from a mirror. `digest`
-    is the keyspace's (see `Snapshot.digest`), where it is known.
+    is the keyspace's (see `Snapshot.digest`), where it is known. `cost_s` is how long the server that answered took,
+    without those that were tried in vain before it; None where that is as long as the call.
     """
 
     incarnation: str
@@ -132,6 +133,7 @@ class Confirmation:
     count: int | None
     age_s: float = 0.0
     digest: int | None = None
+    cost_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -480,7 +480,8 @@ class Replica:
     def _take_confirmation(self, event: Confirmed) -> Step:
         position, now = self._position, event.confirmation
         assert position is not None
-        self._confirm_costs.append(event.now_s - event.sent_at_s)
+        took_s = event.now_s - event.sent_at_s
+        self._confirm_costs.append(took_s if now.cost_s is None else now.cost_s)
         self._confirm_next(event.now_s)
         if self.snapshot.origin == "disk":
             return List()

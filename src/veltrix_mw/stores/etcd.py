@@ -202,6 +202,7 @@ class EtcdStore:
         if _is_foreign(position):
             asked.append(self._put_at(applied, 0))
         answer = self._ranges(asked, deadline_s)
+        cost_s = self._gateway.served_in_s
         witness.check()
         label, change = _text(answer.ranges[0]), _change(answer.ranges[1])
         found, *others = answer.ranges[2:]
@@ -217,7 +218,7 @@ class EtcdStore:
         lazy_count = sum(each.count for each in others[: len(space.lazy_spans)])
         ignored = self._count_ignored(found, answer.header.revision, deadline_s)
         incarnation = label or position.incarnation or (f"{answer.header.cluster_id}?" if newest else "")
-        return Confirmation(incarnation, newest, found.count - lazy_count - ignored)
+        return Confirmation(incarnation, newest, found.count - lazy_count - ignored, cost_s=cost_s)
 
     # --- written
 

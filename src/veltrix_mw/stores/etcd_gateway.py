@@ -241,8 +241,14 @@ class Gateway:
         self._timeout_s = timeout_s
         self._remedy = remedy
         self._process = _Here(self._hosts)
+        self._served = threading.local()
 
     # --- the seam
+
+    @property
+    def served_in_s(self) -> float | None:
+        """How long the member took that served this thread's last call; those tried in vain before it do not count."""
+        return getattr(self._served, "in_s", None)
 
     def call(self, path: str, request: Message, kind: type[A], *, deadline_s: float, once: bool = False) -> A:
         """POST `request` to `path`. `once`: it must not be carried out twice, and its caller reads again if unsure.
@@ -254,7 +260,9 @@ class Gateway:
 
         def attempt(here: _Here, host: Host, begun_by_s: float) -> A:
             by_s = max(begun_by_s, deadline_s)
+            begun_s = time.monotonic()
             raw = self._post(here, host, path, body, begun_by_s=by_s if once else begun_by_s, by_s=by_s, once=once)
+            self._served.in_s = time.monotonic() - begun_s
             return _decoded(raw, kind, host)
 
         return self._on_some_member(attempt, deadline_s, once=once)
