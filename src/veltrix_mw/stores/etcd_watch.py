@@ -66,7 +66,7 @@ class Assembly:
         self._changes: dict[int, Change] = {}
         self._change_seen = 0
         self._resolved = 0  # up to here every record there is has come
-        self._late_since_s: float | None = None
+        self._missing: tuple[int, float] | None = None  # a record that has not come, and since when that is known
         self.ignored_changed = False
 
     def take(self, message: Watched, now_s: float) -> None:
@@ -138,12 +138,13 @@ class Assembly:
         """
         self.take_label(label)
         self._label_known_to = asked
-        if newest is None or newest.revision <= max(self._change_seen, self._revision):
+        seen = max(self._change_seen, self._revision)
+        if newest is None or newest.revision <= seen:
             self._resolved = max(self._resolved, asked)
-            self._late_since_s = None
-        elif self._late_since_s is None:
-            self._late_since_s = now_s
-        elif now_s - self._late_since_s > _LATE_S:
+            self._missing = None
+        elif self._missing is None or self._missing[0] <= seen:
+            self._missing = newest.revision, now_s  # the one before has come: while writes go on, there is a next one
+        elif now_s - self._missing[1] > _LATE_S:
             raise StoreUnavailable("the watch brings a part of what was written only; watch again")
 
     def _is_ready(self, pending: _Pending) -> bool:
