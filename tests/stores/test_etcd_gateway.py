@@ -424,6 +424,8 @@ def test_a_write_that_may_have_run_is_never_sent_again(
         write(to, within_s=0.5)
     assert len(lying.requests) == 1
     assert server.revision() == before
+    assert write(to) == before + 1, "the next one goes elsewhere"
+    assert len(lying.requests) == 1
 
 
 def test_a_write_that_a_member_without_leader_refused_goes_to_the_next(
@@ -462,10 +464,9 @@ def test_members_are_tried_in_an_order_of_each_process_and_the_first_choice_come
     first, second = here.order[:2]
     assert here.round(0.0) == here.order
     here.failed(first, 0.0)
-    here.served(second, 0.0)
     assert here.round(50.0)[0] == second
     assert here.round(130.0)[0] == first
-    here.served(second, 130.0)
+    here.failed(first, 130.0)
     assert here.round(131.0)[0] == second, "it failed again, and is left alone for as long again"
     here.served(first, 300.0)
     assert here.round(300.0)[0] == first

@@ -156,11 +156,13 @@ def test_a_read_that_timed_out_loses_nothing(pair: Pair) -> None:
     assert stream.receive(soon()) == [b'{"a":1}']
 
 
-def test_the_end_of_a_stream_is_an_error_also_in_good_order(pair: Pair) -> None:
+@pytest.mark.parametrize("is_closed", [False, True], ids=["the connection lives on", "it ends, too"])
+def test_the_end_of_a_stream_is_an_error_also_in_good_order(pair: Pair, is_closed: bool) -> None:
     connection, other = pair
     stream = LineStream(connection, Response(), b"")
     other.sendall(chunked([b"one\n"]))
-    other.shutdown(socket.SHUT_WR)
+    if is_closed:
+        other.shutdown(socket.SHUT_WR)
     assert stream.receive(soon()) == [b"one"]
     with pytest.raises(EOFError):
         stream.receive(soon())

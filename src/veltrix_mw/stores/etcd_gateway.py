@@ -125,6 +125,9 @@ class _Here:
     def failed(self, host: Host, now_s: float) -> None:
         with self.lock:
             self.failed_at_s[host] = now_s
+            if self.used == host and len(self.order) > 1:
+                self.used = self.order[(self.order.index(host) + 1) % len(self.order)]
+                self.return_at_s = now_s + _PREFERRED_AFTER_S * random.uniform(1, 2)
             doomed, self.idle[host] = self.idle[host], []
         for connection in doomed:
             connection.close()

@@ -284,12 +284,15 @@ class LineStream:
     def receive(self, by_s: float) -> list[bytes]:
         """The next lines, none where none came by then; looks at least once. Raises `EOFError` at the end."""
         while not self._waiting:
+            # The response may end and its connection live on: nothing more would ever come.
+            if self._response.done:
+                raise EOFError("the stream has ended")
             try:
                 piece = self._connection.receive(by_s)
             except TimeoutError:
                 return []
-            if not piece or self._response.done:
-                raise EOFError("the stream has ended")
+            if not piece:
+                raise EOFError("the connection has ended")
             self._waiting = self._lines.feed(self._response.feed(piece))
         waiting, self._waiting = self._waiting, []
         return waiting
