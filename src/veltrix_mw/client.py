@@ -23,6 +23,7 @@ from weakref import WeakSet
 from veltrix_mw.awaiting import awaited, in_thread
 from veltrix_mw.current import Pinned
 from veltrix_mw.errors import (
+    AuthFailed,
     Compacted,
     KeyMissing,
     NeverWritten,
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
     from veltrix_mw.follower import Follower
-    from veltrix_mw.protocols import Mirror, Store
+    from veltrix_mw.protocols import Mirror, MirrorState, Store
+    from veltrix_mw.relay_report import Report
     from veltrix_mw.relay_thread import RelayThread
     from veltrix_mw.replica import Publication
     from veltrix_mw.subscriptions import Callback
@@ -80,7 +82,7 @@ class ConfigClient:
             (`rediss://`), `sqlite:///file.db` (embedded), `memory://` or `memory://name` (this process), or a store
             object; default `$VELTRIX_URL`.
         mirror: a Redis that holds a copy of the authority, for workers to follow: `redis://h:6379/0`, or a mirror
-            object; default `$VELTRIX_MIRROR_URL`, else none.
+            object; default `$VELTRIX_MIRROR_URL`, else none; "" for none whatever that says.
         namespace: the namespace, if the URL does not name it.
         lazy: prefixes that no worker holds whole, for example `("tenants/",)`; everything else is eager.
         layers: prefixes laid over the base for every view, first wins, for example `("env/prod/",)`.
@@ -325,10 +327,40 @@ class ConfigClient:
             return
         self._relay = relay
 
+    def feed(self, report: Report) -> None:
+        """Be the mirror's relay, or stand by, in a background thread until `close`; for `veltrix relay`.
+
+        `report(event, fields)` is called on that thread with each turn of events, which `ReportingRelay` names. Waits
+        for servers that are away. Raises `SettingsError` without a mirror that can be written, `AuthFailed` where the
+        authority refuses the credentials.
+        """
+        from veltrix_mw.follower import CALL_TIMEOUT_S
+        from veltrix_mw.protocols import Position
+        from veltrix_mw.relay_report import ReportingRelay
+        from veltrix_mw.relay_thread import RelayThread, can_be_fed
+
+        if self._mirror is None or not can_be_fed(self._mirror):
+            raise SettingsError("a relay feeds a mirror: name it, as redis://h:6379/0, or set VELTRIX_MIRROR_URL")
+        try:
+            # A relay that stands by asks nothing of the authority: without this it would fail when it is needed.
+            self._authority.confirm(Position("", 0), timeout_s=CALL_TIMEOUT_S)
+        except AuthFailed:
+            raise
+        except StoreError:
+            pass  # it is away, or was written already
+        relay = ReportingRelay(report, lazy=self.lazy)
+        self._relay = RelayThread(self._authority, self._mirror, instance=self.instance, relay=relay)
+        self._relay.start()
+
     @property
     def instance(self) -> str:
         """This process's name: as given, else made of host and process id."""
         return self._named or _instance()
+
+    @property
+    def lazy(self) -> tuple[str, ...]:
+        """The prefixes that are read on demand."""
+        return self._authority.info.lazy
 
     def _new_follower(self) -> Follower:
         from veltrix_mw.follower import Follower
@@ -679,6 +711,16 @@ class ConfigClient:
             relay_missing=missing,
         )
 
+    def mirror_state(self, timeout_s: float = 2.0) -> MirrorState | None:
+        """Where the mirror stands, asked now; None without a mirror. Raises `StoreError`."""
+        return None if self._mirror is None else self._mirror.state(timeout_s=timeout_s)
+
+    @property
+    def ignored(self) -> tuple[int, tuple[str, ...]]:
+        """The authority's keys that are none of ours, by their shape, as of the last list: how many, and some."""
+        ignored = getattr(self._authority, "ignored", None)
+        return (0, ()) if ignored is None else (ignored.count, tuple(ignored.examples))
+
     def _relay_status(self) -> tuple[str | None, str]:
         """Who feeds the mirror, or why nobody does."""
         from veltrix_mw.stores.mirrored import MirroredStore
@@ -753,7 +795,7 @@ def _tiers(
 
     if url is None or isinstance(url, str):
         authority = open_store(parse_url(find_url(url), namespace=namespace), lazy=lazy)
-        mirror = find_mirror_url(mirror) if mirror is None or isinstance(mirror, str) else mirror
+        mirror = find_mirror_url(None) if mirror is None else mirror
     elif isinstance(url, Store):
         authority = url
         if namespace is not None and namespace != url.info.namespace:
@@ -762,6 +804,8 @@ def _tiers(
             raise SettingsError("lazy is the store's own setting; give it to the store that you hand in")
     else:
         raise SettingsError(f"a config URL is a str such as sqlite:///config.db, or a store; not {type(url).__name__}")
+    if mirror == "":
+        mirror = None
     if isinstance(mirror, str):
         mirror = open_mirror(parse_url(mirror, namespace=authority.info.namespace))
     if mirror is not None and not isinstance(mirror, Mirror):

@@ -18,6 +18,7 @@ from typing import Any, Final
 import pytest
 from click.testing import CliRunner
 
+from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.serving import ROOT
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
@@ -47,14 +48,19 @@ class Shell:
 
     folder: Path
     environ: dict[str, str] = field(default_factory=dict)
+    store: str = ""
 
     @property
     def url(self) -> str:
+        if self.store:
+            return self.store
         return f"sqlite:///{self.folder}/c.db"
 
     def run(self, *arguments: str, stdin: str | bytes = "") -> Answer:
         """In this process, with click's runner: quick, and not on a terminal."""
-        done = CliRunner().invoke(main, arguments, input=stdin, env={"VELTRIX_URL": self.url, "USER": "ana"})
+        done = CliRunner().invoke(
+            main, arguments, input=stdin, env={"VELTRIX_URL": self.url, "USER": "ana", **self.environ}
+        )
         return Answer(done.exit_code, done.stdout, done.stderr)
 
     def ok(self, *arguments: str, stdin: str | bytes = "") -> str:
@@ -84,7 +90,13 @@ class Shell:
     @contextmanager
     def client(self) -> Iterator[ConfigClient]:
         """The store, straight; for what the command is to have done."""
-        client = ConfigClient(self.url)
+        with self.client_of(self.url) as client:
+            yield client
+
+    @contextmanager
+    def client_of(self, url: str) -> Iterator[ConfigClient]:
+        """Another store, straight."""
+        client = ConfigClient(url)
         try:
             yield client
         finally:
@@ -142,8 +154,13 @@ class Running:
     def type(self, text: str) -> None:
         os.write(self._output, text.encode())
 
-    def until(self, text: str, timeout_s: float = 60) -> None:
-        wait_until(lambda: text in self.text or self._is_over(text), timeout_s, reason=f"{text!r} in its output")
+    def until(self, text: str, timeout_s: float = 60, *, count: int = 1) -> None:
+        """Wait until it has written `text`, so many times."""
+        wait_until(
+            lambda: self.text.count(text) >= count or self._is_over(text),
+            timeout_s,
+            reason=f"{text!r} in its output, {count} times",
+        )
 
     def _is_over(self, text: str) -> bool:
         if self.process.poll() is None or self._reader.is_alive():
@@ -171,6 +188,19 @@ class Running:
                 self.process.wait()
         self._reader.join(30)
         os.close(self._output)
+
+
+@pytest.fixture(scope="session")
+def _mirror_server() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture
+def redis(_mirror_server: RedisServer) -> RedisServer:
+    """A Redis that holds nothing, to be a mirror; nobody stops it or kills it."""
+    _mirror_server.run("FLUSHALL")
+    return _mirror_server
 
 
 @pytest.fixture

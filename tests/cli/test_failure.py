@@ -71,7 +71,7 @@ def test_every_verb_explains_itself_and_answers_in_json(shell: Shell, verb: str)
 
 
 def test_the_verbs_are_those_that_were_promised() -> None:
-    promised = "get put delete list watch history rollback import export status demo"
+    promised = "get put delete list watch history rollback import export status relay demo"
     assert set(promised.split()) <= set(main.commands)
 
 

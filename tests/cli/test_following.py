@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Shell
+from tests.support.redis_servers import RedisServer, redis_server
+from tests.support.waiting import wait_until
 from veltrix_mw import Delete
 from veltrix_mw import Put as PutOperation
 
@@ -91,3 +93,43 @@ def test_watch_of_a_store_that_is_away_says_so(shell: Shell) -> None:
     assert (done.code, done.out) == (5, "")
     assert "does not exist yet" in done.err
     assert len(done.err.splitlines()) == 1
+
+
+# Over a mirror
+
+
+def watched(server: RedisServer) -> bool:
+    """Whether somebody waits for the mirror's next change."""
+    return bool(server.client.info("clients")["blocked_clients"])
+
+
+def test_watch_follows_the_mirror_and_goes_on_when_that_dies(shell: Shell, put: Put) -> None:
+    put("k", 50)
+    with redis_server() as server:
+        mirror = ("--mirror", f"redis://127.0.0.1:{server.port}/0")
+        with shell.running("relay", *mirror) as relay, shell.running("watch", "--count", "2", *mirror) as watching:
+            relay.until("refilled")
+            watching.until("watching from revision 1")
+            wait_until(lambda: watched(server), 60, reason="the watch to follow the mirror")
+            put("k", 80)
+            watching.until("2\tk\t50 → 80")
+            server.kill()
+            put("k", 81)
+            assert watching.code() == 0
+            assert "3\tk\t80 → 81" in watching.text
+            assert "warning: veltrix.failover" in watching.text
+
+
+def test_watch_follows_a_mirror_that_leaves_out_what_lazy_names(shell: Shell, put: Put, redis: RedisServer) -> None:
+    put("k", 50)
+    mirror = ("--mirror", f"redis://127.0.0.1:{redis.port}/0", "--lazy", "tenants/")
+    with shell.running("relay", *mirror) as relay:
+        relay.until("refilled")
+        with shell.running("watch", "--count", "1", *mirror) as watching:
+            watching.until("watching from revision 1")
+            wait_until(lambda: watched(redis), 60, reason="the watch to follow the mirror")
+            put("tenants/acme/limit", 1)
+            put("k", 80)
+            assert watching.code() == 0
+            assert "3\tk\t50 → 80" in watching.text
+            assert "tenants" not in watching.text

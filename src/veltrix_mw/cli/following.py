@@ -6,12 +6,9 @@ Owns the way from what a subscription tells (states) to what happened (each vers
 from __future__ import annotations
 
 import logging
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from types import FrameType
 from typing import Any, Final
 
 import click
@@ -20,7 +17,8 @@ from veltrix_mw import MISSING, Change, ConfigClient, Entry, Snapshot, StoreErro
 from veltrix_mw.cli import json_text, output
 from veltrix_mw.cli.difference import Difference
 from veltrix_mw.cli.prefix import Prefix, prefix_argument
-from veltrix_mw.cli.session import Session, on_store
+from veltrix_mw.cli.session import Session, lazy_option, on_store
+from veltrix_mw.cli.stopping import stopping
 
 __all__ = ["watch"]
 
@@ -42,15 +40,19 @@ class _Happened:
 @click.command()
 @prefix_argument
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N changes.")
+@lazy_option
 @on_store
 def watch(session: Session, prefix: Prefix, count: int | None) -> None:
     """Print each change as it comes.
 
     Below PREFIX, until Ctrl-C. With --json a line for each: revision, key, old, new, author, reason; old or new is
     left out where the key is absent.
+
+    With a mirror it follows as a worker does: the mirror while that is well, else the authority. A mirror that leaves
+    out prefixes is followed only if --lazy names them; what is below them is not watched.
     """
     told: SimpleQueue[_Told | None] = SimpleQueue()  # its put may interrupt its get: a signal's handler does that
-    with session.client() as client, _stopping(lambda: told.put(None)):
+    with session.client(mirrored=True) as client, stopping(lambda: told.put(None)):
         client.wait_ready()
         warnings = _Warnings(logging.WARNING)
         logging.getLogger("veltrix_mw").addHandler(warnings)
@@ -72,21 +74,6 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(f"warning: {json_text.plain(record.getMessage())}", err=True)
-
-
-@contextmanager
-def _stopping(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `stop`, while the block lasts."""
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        stop()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _happenings(

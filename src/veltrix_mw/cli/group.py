@@ -15,8 +15,10 @@ import click
 from veltrix_mw.cli.demo_verb import demo
 from veltrix_mw.cli.failure import EXIT_CODES, PIPE_CLOSED, exit_code, silence_stdout, tell
 from veltrix_mw.cli.following import watch
-from veltrix_mw.cli.reading import get, history, list_, status
-from veltrix_mw.cli.session import Session, on_store
+from veltrix_mw.cli.health import status
+from veltrix_mw.cli.reading import get, history, list_
+from veltrix_mw.cli.relaying import relay
+from veltrix_mw.cli.session import Session, lazy_option, on_store
 from veltrix_mw.cli.transfer import export, import_
 from veltrix_mw.cli.writing import delete, put, rollback
 
@@ -77,6 +79,7 @@ def _show_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool)
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EXIT_CODES,
 )
+@lazy_option
 @on_store
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="The version.")
 @click.pass_context
@@ -88,12 +91,13 @@ def main(ctx: click.Context, session: Session) -> None:
     veltrix put checkout/max_items 80
     veltrix get checkout/max_items
 
-    --url, --namespace and --json stand before or after the verb.
+    --url, --mirror, --namespace and --json stand before or after the verb. A mirror matters to watch, status and
+    relay; all others ask the authority alone.
     """
     ctx.obj = session
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-for verb in (get, put, delete, list_, watch, history, rollback, import_, export, status, demo):
+for verb in (get, put, delete, list_, watch, history, rollback, import_, export, status, relay, demo):
     main.add_command(verb)

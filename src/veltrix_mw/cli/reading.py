@@ -1,23 +1,21 @@
-"""Reading verbs: `get`, `list`, `history`, `status`.
+"""Reading verbs: `get`, `list`, `history`.
 
 Each is one call to the authority, and starts no follower.
 """
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 
-from veltrix_mw import ConfigClient, Entry, KeyMissing, NeverWritten, Snapshot, StoreError, Version
+from veltrix_mw import Entry, KeyMissing, Snapshot, Version
 from veltrix_mw.cli import json_text, output
-from veltrix_mw.cli.failure import exit_code, tell
 from veltrix_mw.cli.prefix import Prefix, prefix_argument
 from veltrix_mw.cli.session import Session, listed, on_store, past, revision_option
 
-__all__ = ["get", "history", "list_", "status"]
+__all__ = ["get", "history", "list_"]
 
 
 @click.command()
@@ -101,92 +99,6 @@ def history(session: Session, key: str, limit: int) -> None:
         for version in versions
     ]
     output.table(("revision", "time", "author", "reason", "value"), rows, right=("revision",), cut="value")
-
-
-@click.command()
-@on_store
-def status(session: Session) -> None:
-    """Show whether the authority answers."""
-    with session.client() as client:
-        begun_s = time.monotonic()
-        try:
-            snapshot = listed(client)
-            error = None
-        except StoreError as exc:
-            snapshot, error = Snapshot(), exc
-        took_s = time.monotonic() - begun_s
-        answer = _status(client, snapshot, error, took_s)
-    if session.as_json:
-        output.say_json(answer)
-    else:
-        _draw_status(answer)
-    if error is not None:
-        tell(error, as_json=session.as_json)
-        click.get_current_context().exit(exit_code(error))
-
-
-def _status(client: ConfigClient, snapshot: Snapshot, error: StoreError | None, took_s: float) -> dict[str, Any]:
-    # `client.status()` knows the tiers' names and redacted URLs without I/O; a process that follows nothing asks.
-    tiers = [
-        {
-            "name": tier.name,
-            "role": tier.role,
-            "url": tier.url,
-            "state": _reachability(error),
-            "revision": snapshot.revision,
-            "answered_in_s": round(took_s, 6) if error is None else None,
-            "error": "" if error is None else str(error),
-        }
-        for tier in client.status().tiers
-    ]
-    return {
-        "ready": error is None,
-        "namespace": client.namespace,
-        "revision": snapshot.revision,
-        "incarnation": snapshot.incarnation,
-        "entries": len(snapshot) + len(snapshot.rejected),
-        "rejected": {key: {"revision": why.revision, "reason": why.reason} for key, why in snapshot.rejected.items()},
-        "tiers": tiers,
-    }
-
-
-def _reachability(error: StoreError | None) -> str:
-    if error is None:
-        return "reachable"
-    return "never written" if isinstance(error, NeverWritten) else "unreachable"
-
-
-def _draw_status(answer: dict[str, Any]) -> None:
-    rejected = answer["rejected"]
-    output.fields(
-        {
-            "authority": answer["tiers"][0]["state"],
-            "namespace": answer["namespace"],
-            **(
-                {
-                    "revision": str(answer["revision"]),
-                    "incarnation": answer["incarnation"] or "none yet: nothing was written",
-                    "entries": str(answer["entries"]),
-                    "rejected": ", ".join(f"{key} ({why['reason']})" for key, why in rejected.items()) or "none",
-                }
-                if answer["ready"]
-                else {}
-            ),
-        }
-    )
-    if output.on_terminal():
-        click.echo()
-    rows = [
-        (
-            tier["name"],
-            tier["role"],
-            tier["state"],
-            "-" if tier["answered_in_s"] is None else f"{tier['answered_in_s'] * 1000:.1f} ms",
-            tier["url"],
-        )
-        for tier in answer["tiers"]
-    ]
-    output.table(("tier", "role", "state", "answered in", "url"), rows, right=("answered in",))
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:

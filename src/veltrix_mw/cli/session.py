@@ -19,7 +19,7 @@ import click
 from veltrix_mw import ConfigClient, SettingsError, Snapshot, VeltrixError
 from veltrix_mw.cli.failure import NoSuchRevision
 
-__all__ = ["Session", "answers", "on_store", "recorded", "revision_option"]
+__all__ = ["Session", "answers", "lazy_option", "on_store", "recorded", "revision_option"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +27,27 @@ class Session:
     """What the options say, those of the verb over those before it."""
 
     url: str | None = None
+    mirror: str | None = None
     namespace: str | None = None
+    lazy: tuple[str, ...] = ()
     as_json: bool = False
 
     def over(self, other: Session) -> Session:
-        return Session(self.url or other.url, self.namespace or other.namespace, self.as_json or other.as_json)
+        return Session(
+            url=self.url or other.url,
+            mirror=other.mirror if self.mirror is None else self.mirror,  # an empty one means none
+            namespace=self.namespace or other.namespace,
+            lazy=self.lazy or other.lazy,
+            as_json=self.as_json or other.as_json,
+        )
 
     @contextmanager
-    def client(self) -> Iterator[ConfigClient]:
-        """A client that follows nothing yet; closed at the end. Raises `SettingsError`."""
+    def client(self, *, mirrored: bool = False, instance: str | None = None) -> Iterator[ConfigClient]:
+        """A client that follows nothing yet; closed at the end. Raises `SettingsError`.
+
+        `mirrored`: it knows the mirror and the lazy prefixes too. Without, it has the authority alone: a mirror that is
+        away or named wrongly is nothing to a verb that does not need one.
+        """
         url = self.url or os.environ.get("VELTRIX_URL", "")
         if url.strip().startswith("memory:"):
             raise SettingsError(
@@ -43,7 +55,14 @@ class Session:
             )
         # Without a handler, logging would write warnings to stderr in its own words, beside ours.
         logging.getLogger("veltrix_mw").addHandler(logging.NullHandler())
-        client = ConfigClient(self.url, namespace=self.namespace)
+        client = ConfigClient(
+            self.url,
+            mirror=self.mirror if mirrored else "",
+            namespace=self.namespace,
+            lazy=self.lazy if mirrored else (),
+            relay="never",  # a command that ends in a moment is no relay
+            instance=instance,
+        )
         try:
             yield client
         finally:
@@ -67,9 +86,16 @@ def past() -> Iterator[None]:
         raise NoSuchRevision(str(exc)) from exc
 
 
-_URL: Final = click.option("--url", metavar="URL", help="The store, as sqlite:///config.db; default $VELTRIX_URL.")
+_URL: Final = click.option("--url", metavar="URL", help="The authority, as sqlite:///config.db; default $VELTRIX_URL.")
+_MIRROR: Final = click.option(
+    "--mirror", metavar="URL", help="Its mirror, as redis://h:6379/0; default $VELTRIX_MIRROR_URL."
+)
 _NAMESPACE: Final = click.option("--namespace", metavar="NAME", help="The namespace, if the URL does not name it.")
 _JSON: Final = click.option("--json", "as_json", is_flag=True, help="Answer in JSON, and tell errors in JSON.")
+
+lazy_option: Final = click.option(
+    "--lazy", multiple=True, metavar="PREFIX", help="A prefix that the workers read on demand; may be repeated."
+)
 
 revision_option: Final = click.option(
     "--revision", type=click.IntRange(min=0), metavar="REV", help="As of this past revision; default now."
@@ -83,7 +109,7 @@ def answers(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def on_store(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a verb the options that every verb on a store has; its first argument is the `Session`."""
-    return _URL(_NAMESPACE(_JSON(_with_session(function))))
+    return _URL(_MIRROR(_NAMESPACE(_JSON(_with_session(function)))))
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,9 +131,15 @@ def _user() -> str:
 def _with_session(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(
-        *arguments: Any, url: str | None = None, namespace: str | None = None, as_json: bool = False, **options: Any
+        *arguments: Any,
+        url: str | None = None,
+        mirror: str | None = None,
+        namespace: str | None = None,
+        lazy: tuple[str, ...] = (),
+        as_json: bool = False,
+        **options: Any,
     ) -> Any:
         before = click.get_current_context().find_object(Session) or Session()
-        return function(Session(url, namespace, as_json).over(before), *arguments, **options)
+        return function(Session(url, mirror, namespace, lazy, as_json).over(before), *arguments, **options)
 
     return call
