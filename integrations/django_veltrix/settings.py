@@ -29,7 +29,9 @@ EMBEDDED_FILE: Final = "veltrix.db"
 
 _ARGUMENTS: Final[Mapping[str, str]] = {
     "URL": "url",
+    "MIRROR_URL": "mirror",
     "NAMESPACE": "namespace",
+    "LAZY": "lazy",
     "LAYERS": "layers",
     "DEFAULTS": "defaults",
     "SCHEMAS": "schemas",
@@ -37,6 +39,8 @@ _ARGUMENTS: Final[Mapping[str, str]] = {
     "TELEMETRY": "telemetry",
     "MAX_AGE_S": "max_age_s",
     "START_TIMEOUT_S": "start_timeout_s",
+    "RELAY": "relay",
+    "INSTANCE": "instance",
 }
 """What makes the client, and the argument of `ConfigClient` that each is."""
 
@@ -44,12 +48,16 @@ _NAMES: Final = (*_ARGUMENTS, "CLIENT", "REQUEST_LAYERS", "ON_INVALID_LAYER", "R
 
 _TYPES: Final[Mapping[str, tuple[tuple[type, ...], str]]] = {
     "URL": ((str,), "a str such as 'sqlite:////srv/shop/config.db'"),
+    "MIRROR_URL": ((str,), "a str such as 'redis://h4:6379/0'"),
     "NAMESPACE": ((str,), "a str"),
+    "LAZY": ((list, tuple), "a list of prefixes such as ['tenants/']"),
     "LAYERS": ((list, tuple), "a list of prefixes such as ['env/prod/']"),
     "DEFAULTS": ((Mapping,), "a dict of key to value"),
     "SCHEMAS": ((Mapping,), "a dict of prefix or key to a model, or to the dotted path of one"),
     "LAST_KNOWN_GOOD": ((str, os.PathLike), "the path of a folder"),
     "TELEMETRY": ((str,), "'off', 'requests' or 'lookups'"),
+    "RELAY": ((str,), "'auto' or 'never'"),
+    "INSTANCE": ((str,), "a str"),
     "REVISION_HEADER": ((bool,), "True or False"),
 }
 

@@ -1,4 +1,4 @@
-"""`flask veltrix ...`: the `veltrix` command on the store of the app.
+"""`flask veltrix ...`: the `veltrix` command on the store of the app, and its mirror.
 
 Owns which store that is; the verbs are the CLI's. Imports neither the library nor the CLI before it is called: the
 `flask` command loads this module for every project it is run in.
@@ -22,11 +22,15 @@ __all__ = ["group"]
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @with_appcontext
 def group(arguments: tuple[str, ...]) -> None:
-    """Run a command of `veltrix` on the store that the app reads; `--url` and `--namespace` name another."""
+    """Run a command of `veltrix` on the store that the app reads.
+
+    `--url`, `--mirror`, `--namespace` and `--lazy` name others.
+    """
     pins = current_app.extensions.get("veltrix")
     if pins is None:
         raise click.UsageError(f"the app {current_app.name!r} has no Veltrix: call Veltrix(app) where it is made")
     from veltrix_mw.cli import main  # says what to install if its extra is missing
 
-    store = ["--url", pins.url, "--namespace", pins.client.namespace]
-    main([*store, *arguments], prog_name="flask veltrix")
+    store = ["--url", pins.url, "--mirror", pins.mirror, "--namespace", pins.client.namespace]
+    lazy = [part for prefix in pins.client.lazy for part in ("--lazy", prefix)]
+    main([*store, *lazy, *arguments], prog_name="flask veltrix")

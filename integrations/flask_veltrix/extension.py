@@ -64,6 +64,7 @@ class Veltrix:
             app,
             client=chosen.client,
             url=chosen.url,
+            mirror=chosen.mirror,
             layers=self._layers,
             on_invalid_layer=self._on_invalid_layer,
         )

@@ -68,11 +68,13 @@ class Pins:
         *,
         client: ConfigClient,
         url: str | None,
+        mirror: str | None,
         layers: Layers | None,
         on_invalid_layer: InvalidLayerPolicy,
     ) -> None:
         self.client = client
         self._url = url
+        self._mirror = mirror
         self._app = app
         self._layers = layers
         self._on_invalid_layer: InvalidLayerPolicy = on_invalid_layer
@@ -99,6 +101,13 @@ class Pins:
     def url(self) -> str:
         """The URL of the app's store; without its password if the client was handed in."""
         return self._url or self.client.status().tiers[0].url
+
+    @property
+    def mirror(self) -> str:
+        """The URL of its mirror, empty if it has none; without its password if the client was handed in."""
+        if self._mirror is not None:
+            return self._mirror
+        return next((tier.url for tier in self.client.status().tiers if tier.role == "mirror"), "")
 
     def view(self) -> View:
         """The view of this app's request; in an app context alone (CLI, shell) the current or a fresh one.

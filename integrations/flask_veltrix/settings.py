@@ -22,7 +22,9 @@ __all__ = ["CLIENT_SETTINGS", "Chosen", "chosen_client"]
 
 CLIENT_SETTINGS: Final[Mapping[str, str]] = {
     "VELTRIX_URL": "url",
+    "VELTRIX_MIRROR_URL": "mirror",
     "VELTRIX_NAMESPACE": "namespace",
+    "VELTRIX_LAZY": "lazy",
     "VELTRIX_LAYERS": "layers",
     "VELTRIX_DEFAULTS": "defaults",
     "VELTRIX_SCHEMAS": "schemas",
@@ -30,6 +32,8 @@ CLIENT_SETTINGS: Final[Mapping[str, str]] = {
     "VELTRIX_TELEMETRY": "telemetry",
     "VELTRIX_MAX_AGE_S": "max_age_s",
     "VELTRIX_START_TIMEOUT_S": "start_timeout_s",
+    "VELTRIX_RELAY": "relay",
+    "VELTRIX_INSTANCE": "instance",
 }
 """Each setting that makes the client, and the argument of `ConfigClient` that it is."""
 
@@ -40,12 +44,15 @@ _log = logging.getLogger("flask_veltrix")
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What an app's settings came to: its client, the URL if it was made here, and whether `X-Config-Revision` is
+    """What an app's settings came to: its client, the URLs if it was made here, and whether `X-Config-Revision` is
     sent.
+
+    `mirror` is empty where the app has none.
     """
 
     client: ConfigClient
     url: str | None
+    mirror: str | None
     revision_header: bool
 
 
@@ -60,13 +67,14 @@ def chosen_client(app: Flask, client: ConfigClient | None) -> Chosen:
     arguments = {CLIENT_SETTINGS[name]: value for name, value in given.items() if value is not None}
     if client is None:
         url = arguments.pop("url", None) or os.environ.get("VELTRIX_URL") or _fallback(app)
-        return Chosen(ConfigClient(url, **arguments), url, header)
+        mirror = arguments.pop("mirror", os.environ.get("VELTRIX_MIRROR_URL", ""))
+        return Chosen(ConfigClient(url, mirror=mirror, **arguments), url, mirror, header)
     if not isinstance(client, ConfigClient):
         raise SettingsError(f"client is a ConfigClient, not {type(client).__name__}")
     idle = sorted(name for name, value in given.items() if value is not None)
     if idle:
         raise SettingsError(f"{', '.join(idle)} would change nothing beside client=: keep the client or the settings")
-    return Chosen(client, None, header)
+    return Chosen(client, None, None, header)
 
 
 def _check_name(name: str) -> None:

@@ -34,7 +34,8 @@ class ConfigMiddleware(asgi.ConfigMiddleware):
         revision_header: whether responses carry `X-Config-Revision`.
         on_invalid_layer: `reject` answers 400 (a websocket is closed with 1008) to a request whose layer is no
             prefix; `ignore` drops the layer.
-        settings: with `url`, what `ConfigClient` takes: `schemas=`, `defaults=`, `last_known_good=`, ...
+        settings: without `client`, what `ConfigClient` takes: `mirror=` (default `$VELTRIX_MIRROR_URL`), `lazy=`,
+            `relay=`, `instance=`, `schemas=`, `defaults=`, `last_known_good=`, ...
 
     Raises:
         SettingsError: a setting is missing or wrong. Starlette makes its middleware when the app starts, so that is

@@ -41,6 +41,13 @@ def test_right_settings_are_no_finding(deploy):
         ({"URL": "memory://", "MAX_AGE_S": -1}, "positive number of seconds"),
         ({"URL": "memory://", "ON_INVALID_LAYER": "shrug"}, "'reject' or 'ignore'"),
         ({"URL": "memory://", "REQUEST_LAYERS": "no.such.function"}, "dotted path"),
+        ({"URL": "memory://", "MIRROR_URL": 5}, "'redis://h4:6379/0', not int"),
+        ({"URL": "memory://", "MIRROR_URL": "sqlite:///m.db"}, "a mirror is a Redis"),
+        ({"URL": "memory://", "MIRROR_URL": "redis://h/0?namespace=other"}, "namespace"),
+        ({"URL": "memory://", "LAZY": "tenants/"}, "['tenants/'], not str"),
+        ({"URL": "memory://", "LAZY": ["tenants"]}, "lazy"),
+        ({"URL": "memory://", "RELAY": "always"}, "'auto' or 'never'"),
+        ({"URL": "memory://", "INSTANCE": 5}, "a str, not int"),
     ],
 )
 def test_e001_a_wrong_value(veltrix, hint):

@@ -202,6 +202,17 @@ def test_the_namespace_is_the_projects(url, capsys):
     assert capsys.readouterr().out == '"of the shop"\n'
 
 
+def test_the_mirror_and_the_lazy_prefixes_are_the_projects(url, mirror, monkeypatch):
+    out = StringIO()
+    with override_settings(VELTRIX={"URL": url, "MIRROR_URL": mirror, "LAZY": ["tenants/"]}):
+        call_command("veltrix", "status", "--json", stdout=out)
+        assert [tier["url"] for tier in json.loads(out.getvalue())["tiers"]] == [url, mirror]
+        given = []
+        monkeypatch.setattr("veltrix_mw.cli.main", lambda args, **_: given.extend(args) or 0)
+        call_command("veltrix", "relay")
+    assert given == ["--url", url, "--mirror", mirror, "--lazy", "tenants/", "relay"]
+
+
 def test_call_command_hands_out_what_is_printed_and_raises_what_went_wrong(url):
     out = StringIO()
     with override_settings(VELTRIX={"URL": url}):

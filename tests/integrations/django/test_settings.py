@@ -14,6 +14,7 @@ from django.http import HttpRequest, HttpResponse
 from django.test import Client, RequestFactory, override_settings
 
 from django_veltrix import ConfigMiddleware, config, get_client
+from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient, InvalidValue, SettingsError, VeltrixError
 
 URLS = "tests.integrations.django.project.urls"
@@ -104,6 +105,31 @@ def test_max_age_s_says_when_a_view_is_stale(site):
 
 def test_start_timeout_s_is_the_clients(site):
     assert site(answer, veltrix={"URL": "memory://", "START_TIMEOUT_S": 1.5}).start_timeout_s == 1.5
+
+
+def test_a_mirror_its_relay_and_what_that_leaves_out_reach_the_client(site, tmp_path: Path, mirror: str):
+    veltrix = {"URL": f"sqlite:///{tmp_path}/config.db", "MIRROR_URL": mirror, "LAZY": ["tenants/"]}
+    with ConfigClient(veltrix["URL"]) as other:
+        other.put("greeting", "hello")
+    never = site(answer, veltrix={**veltrix, "RELAY": "never"})
+    assert never.status().relay is None
+    assert "does not stand for election" in never.status().relay_missing
+    client = site(answer, veltrix={**veltrix, "RELAY": "auto", "INSTANCE": "feeder"})
+    wait_until(lambda: client.status().tiers[1].state == "following", 60, reason="the worker to follow the mirror")
+    state = client.mirror_state()
+    assert (state.relay, state.lazy) == ("feeder", ("tenants/",))
+    assert Client().get("/").content == b"hello"
+
+
+def test_the_environment_names_the_mirror_unless_the_settings_do(monkeypatch):
+    def urls(**veltrix: Any) -> list[str]:
+        with override_settings(VELTRIX={"URL": "memory://", **veltrix}):
+            return [tier.url for tier in get_client().status().tiers[1:]]
+
+    assert urls() == []
+    monkeypatch.setenv("VELTRIX_MIRROR_URL", "redis://127.0.0.1:1/0")
+    assert urls() == urls(MIRROR_URL="") == ["redis://127.0.0.1:1/0"]
+    assert urls(MIRROR_URL="redis://127.0.0.1:2/0") == ["redis://127.0.0.1:2/0"]
 
 
 def test_a_setting_that_is_none_counts_as_left_out(site):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -59,6 +60,31 @@ def test_a_client_that_was_handed_in_names_its_store(tmp_path: Path) -> None:
         assert put.exit_code == 0, put.output
         app.config["VELTRIX_URL"] = url
         assert stored(app, "limit", "mine") == 1
+
+
+def test_the_apps_mirror_is_the_commands(tmp_path: Path, mirror: str) -> None:
+    url = f"sqlite:///{tmp_path}/c.db"
+    app, handed_in, bare = Flask("shop"), Flask("other"), Flask("bare")
+    app.config.update(VELTRIX_URL=url, VELTRIX_MIRROR_URL=mirror)
+    Veltrix(app)
+    Veltrix(handed_in, client=ConfigClient(url, mirror=mirror))
+    Veltrix(bare, client=ConfigClient(url))
+    assert run(app, "put", "limit", "1").exit_code == 0
+    for each, arguments, tiers in [(app, (), 2), (handed_in, (), 2), (bare, (), 1), (app, ("--mirror", ""), 1)]:
+        told = json.loads(run(each, *arguments, "status", "--json").stdout)["tiers"]
+        assert [tier["url"] for tier in told] == [url, mirror][:tiers]
+
+
+def test_the_apps_lazy_prefixes_are_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr("veltrix_mw.cli.main", lambda arguments, **_: given.append(arguments))
+    for lazy in ([], ["users/", "tenants/"]):
+        app = Flask("shop")
+        app.config.update(VELTRIX_URL="sqlite:///c.db", VELTRIX_LAZY=lazy)
+        Veltrix(app)
+        assert run(app, "relay").exit_code == 0
+    store = ["--url", "sqlite:///c.db", "--mirror", "", "--namespace", "default"]
+    assert given == [[*store, "relay"], [*store, "--lazy", "tenants/", "--lazy", "users/", "relay"]]
 
 
 def test_help_is_the_clis_own(shop: Flask) -> None:

@@ -14,6 +14,7 @@ from flask import Flask
 
 from flask_veltrix import Veltrix, config
 from tests.integrations.flask.conftest import change
+from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient, InvalidValue, NotReady, SettingsError
 
 
@@ -82,6 +83,40 @@ def test_age_start_timeout_and_last_known_good_reach_the_client(tmp_path: Path) 
     assert list((tmp_path / "kept").iterdir())
 
 
+def test_a_mirror_its_relay_and_what_that_leaves_out_reach_the_client(tmp_path: Path, mirror: str) -> None:
+    url = f"sqlite:///{tmp_path}/c.db"
+    reader = make_app(url=url, mirror_url=mirror, lazy=["tenants/"], relay="never")
+    feeder = make_app(url=url, mirror_url=mirror, lazy=["tenants/"], instance="feeder")
+    with client_of(reader) as reads, client_of(feeder) as feeds:
+        feeds.put("limit", 7)
+        wait_until(lambda: reads.status().relay == "feeder", 60, reason="the relay to be seen by the other app")
+        wait_until(lambda: reads.status().tiers[1].state == "following", 60, reason="the mirror to be followed")
+        state = feeds.mirror_state()
+        assert state is not None
+        assert (state.relay, state.lazy) == ("feeder", ("tenants/",))
+        with reader.app_context():
+            assert config["limit"] == 7
+
+
+def test_an_app_whose_relay_is_never_feeds_no_mirror(tmp_path: Path, mirror: str) -> None:
+    with client_of(make_app(url=f"sqlite:///{tmp_path}/c.db", mirror_url=mirror, relay="never")) as client:
+        client.put("limit", 7)
+        client.wait_ready()
+        assert client.status().relay is None
+        assert "does not stand for election" in client.status().relay_missing
+
+
+def test_the_environment_names_the_mirror_unless_the_settings_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def urls(**settings: Any) -> list[str]:
+        return [tier.url for tier in client_of(make_app(url="memory://", **settings)).status().tiers[1:]]
+
+    assert urls() == []
+    monkeypatch.setenv("VELTRIX_MIRROR_URL", "redis://127.0.0.1:1/0")
+    assert urls() == ["redis://127.0.0.1:1/0"]
+    assert urls(mirror_url="redis://127.0.0.1:2/0") == ["redis://127.0.0.1:2/0"]
+    assert urls(mirror_url="") == []
+
+
 def test_a_setting_that_is_none_is_left_to_its_default() -> None:
     app = make_app(url="memory://", namespace=None, max_age_s=None, start_timeout_s=None)
     assert client_of(app).start_timeout_s == 5
@@ -104,6 +139,12 @@ def _with(app: Flask, **settings: Any) -> Flask:
         ({"url": "memory://", "max_age_s": "15"}, "max_age_s"),
         ({"url": "memory://", "layers": "env/prod/"}, "sequence of prefixes"),
         ({"url": "mysql://x"}, "mysql"),
+        ({"url": "memory://", "mirror": "redis://h"}, "did you mean VELTRIX_MIRROR_URL?"),
+        ({"url": "memory://", "mirror_url": "sqlite:///m.db"}, "a mirror is a Redis"),
+        ({"url": "memory://", "mirror_url": "redis://h/0?namespace=other"}, "namespace"),
+        ({"url": "memory://", "relay": "always"}, "relay is 'auto' or 'never'"),
+        ({"url": "memory://", "lazy": "tenants/"}, "lazy is a sequence of prefixes"),
+        ({"url": "memory://", "lazy": ["tenants"]}, "lazy"),
     ],
 )
 def test_a_wrong_or_unknown_setting_is_refused_with_what_to_write(settings: dict[str, Any], message: str) -> None:

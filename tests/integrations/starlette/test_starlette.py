@@ -27,6 +27,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from starlette_veltrix import ConfigMiddleware, get_config
+from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient, NoCurrentView, Put, SettingsError, View, current_view, override_config
 
 Endpoint = Callable[..., Any]
@@ -371,6 +372,18 @@ def test_a_url_instead_of_a_client_makes_one_that_the_lifespan_closes(tmp_path: 
 async def both(request: Request) -> Response:
     config: View = request.state.config
     return JSONResponse([config["checkout/max_items"], config["other"]])
+
+
+def test_settings_of_a_mirror_reach_the_client(tmp_path: Path, mirror: str) -> None:
+    url = f"sqlite:///{tmp_path / 'config.db'}"
+    with ConfigClient(url) as writer:
+        writer.put("checkout/max_items", 41)
+    app = Starlette(routes=[Route("/", async_endpoint)])
+    app.add_middleware(ConfigMiddleware, url=url, mirror=mirror, lazy=["tenants/"], instance="feeder")
+    with TestClient(app) as http, ConfigClient(url, mirror=mirror, relay="never") as other:
+        wait_until(lambda: other.mirror_state().relay == "feeder", 60, reason="the app to be the relay")
+        wait_until(lambda: other.mirror_state().lazy == ("tenants/",), 60, reason="the mirror to be filled")
+        assert http.get("/").json() == [41, 41, 41]
 
 
 def test_without_client_and_url_the_environment_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`manage.py veltrix ...`: the CLI `veltrix`, with the project's URL and namespace filled in.
+"""`manage.py veltrix ...`: the CLI `veltrix`, with the project's URLs, namespace and lazy prefixes filled in.
 
 Owns the filling in; verbs, options and exit codes are the CLI's, which needs the extra `cli`.
 """
@@ -17,7 +17,7 @@ from veltrix_mw import SettingsError
 
 __all__ = ["Command"]
 
-_OPTIONS: Final = ("url", "namespace")
+_OPTIONS: Final = ("url", "mirror", "namespace")
 """What of VELTRIX the CLI takes, by the same names; what is written on the command line comes later and wins."""
 
 _USAGE: Final = 2
@@ -79,4 +79,5 @@ def _filled_in() -> list[str]:
         return []  # the CLI says how to name one
     except SettingsError as exc:
         raise CommandError(str(exc), returncode=_USAGE) from exc
-    return [part for name in _OPTIONS if name in given for part in (f"--{name}", given[name])]
+    named = [part for name in _OPTIONS if name in given for part in (f"--{name}", given[name])]
+    return [*named, *(part for prefix in given.get("lazy", ()) for part in ("--lazy", prefix))]
