@@ -770,7 +770,7 @@ def test_a_worker_needs_no_command_that_writes(server: RedisServer, relay: Relay
 
 def test_the_documented_acl_of_a_relay_is_enough(server: RedisServer, open_mirror: OpenMirror) -> None:
     granted = (
-        "~veltrix:{default}:* +get +time +exists +hmget +hscan +xrange +xread +eval +evalsha +hget +set +del +pttl "
+        "~veltrix:{default}:* +get +time +exists +hmget +hscan +xrange +xread +eval +evalsha +set +del +pttl "
         "+pexpire +expire +persist +unlink +rename +hset +hdel +hlen +xadd +xrevrange"
     )
     server.run("ACL", "SETUSER", "relay", "reset", "on", ">pw", *granted.split())
