@@ -93,6 +93,21 @@ def test_a_refill_that_the_mirror_did_not_take_is_not_told() -> None:
     observed.hear(Followed(Listed(0.1, 0.1, Listing(HERE, []))), Refused(0.2, StoreUnavailable("gone")))
     observed.hear(Rested(1.0), Elected(1.0, None, "other", 5.0))
     assert observed.names == ["elected", "mirror_failed", "mirror_answers", "standing_by"]
+    observed.elect(HERE)
+    observed.hear(Written(1.1))  # of something else
+    assert observed.names[4:] == ["elected", "resumed"]
+
+
+def test_a_mirror_that_stands_elsewhere_has_not_failed_and_is_refilled() -> None:
+    observed = Observed()
+    observed.elect()
+    observed.fill()
+    observed.hear(Refused(0.3, Compacted("the mirror stands elsewhere")))
+    assert observed.names == ["elected", "refilled"]
+    observed.fill()
+    assert observed.told[2:] == [
+        ("refilled", {"revision": 3, "entries": 2, "reason": "the mirror stands elsewhere"}),
+    ]
 
 
 def test_a_mirror_that_lost_what_was_written_is_refilled_for_that_reason() -> None:
