@@ -90,17 +90,19 @@ class Keyspace:
         items: list[Item] = []
         rejected: dict[str, Rejection] = {}
         for key, raw, revision in listing.entries:
+            try:
+                value = decode(raw)
+            except InvalidValue as exc:
+                rejected[key] = Rejection(revision, str(exc))
+                good = old._entries.item(key)
+                if good is not None:
+                    items.append(good)
+                continue
             item = known.at(key)
-            if item is None or item[2] != revision:
-                try:
-                    item = (key, decode(raw), revision)
-                except InvalidValue as exc:
-                    rejected[key] = Rejection(revision, str(exc))
-                    good = old._entries.item(key)
-                    if good is not None:
-                        items.append(good)
-                    continue
-            items.append(item)
+            # The revision alone does not say that the value is the one we know: where a backup was restored and written
+            # on while we were away, the listing can be of another history under the same label.
+            is_known = item is not None and item[2] == revision and _same(item[1], value)
+            items.append(item if is_known and item is not None else (key, value, revision))
         self._forget_pending()
         served, rejected = self._settled(SortedMap.from_sorted(items), rejected, listing.position.revision)
         self.snapshot = Snapshot(
@@ -315,6 +317,17 @@ class _Standing(NamedTuple):
     pending: dict[int, list[str]]  # what decodes
     stuck: dict[int, set[str]]  # what does not
     of_schema: dict[Schema, set[int]]  # the revisions with a pending key that falls under it
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two decoded values are the same JSON: 1, 1.0 and true are not, though they are equal."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    return bool(one == other)
 
 
 class _Walk:

@@ -87,6 +87,9 @@ BARRED_S: Final = 60.0
 STAND_ASIDE_S: Final = 10.0
 """The most that a relay which resigned waits before it stands again: others stand sooner."""
 
+CONFIRM_AT_MOST_S: Final = 7.0
+"""The longest between two confirmations, however dear they are: workers leave a mirror whose last one is 10 s old."""
+
 REFILLS_MOST: Final = 3  # in a row that the mirror refuses; then something is wrong that listing does not mend
 
 _BACKOFF_FIRST_S: Final = 0.2
@@ -392,6 +395,7 @@ class Relay:
             origin="relay",
             random=self._random,
             confirm_interval_s=self._confirm_interval_s,
+            confirm_at_most_s=CONFIRM_AT_MOST_S,
         )
         if event.position.incarnation and set(event.state.lazy) == set(self._lazy):
             self._copy.begin(event.position, event.revisions)

@@ -15,6 +15,7 @@ production (`follower`), in the simulation and in tests.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +63,10 @@ CONFIRM_COST_FACTOR: Final = 200
 """Confirming may take at most 1/200 of the time: the query costs the server a scan."""
 
 GRACE_S: Final = 1.0
-"""How long the watch may lag behind a confirmation before it counts as dead."""
+"""How long the watch may lag behind a confirmation before it counts as dead ..."""
+
+GRACE_MOST_S: Final = 8.0
+"""... twice as long after each time that opening it anew brought nothing: a huge revision may take its time."""
 
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_MOST_S: Final = 5.0
@@ -295,11 +299,13 @@ class Replica:
         origin: str,
         random: Random | None = None,
         confirm_interval_s: float = CONFIRM_INTERVAL_S,
+        confirm_at_most_s: float = math.inf,
     ) -> None:
         self._keyspace = keyspace
         self._origin = origin
         self._random = Random() if random is None else random
         self._confirm_interval_s = confirm_interval_s
+        self._confirm_at_most_s = confirm_at_most_s
         # Where we stand in the authority's history; None until something was taken.
         self._position: Position | None = None
         # The incarnation we serve under, where the authority's own label cannot be renewed: (its label, ours).
@@ -317,6 +323,7 @@ class Replica:
         self._confirm_costs: deque[float] = deque(maxlen=3)
         # The authority is known to have this revision; the watch must bring it by then.
         self._expected: tuple[int, float] | None = None
+        self._grace_s = GRACE_S
         self._notices: list[Notice] = []
         self._served: Snapshot = keyspace.snapshot
         self._changed: set[str] | None = set()
@@ -385,6 +392,8 @@ class Replica:
                 return self._take_confirmation(event)
             case Renewed():
                 self._renewing = None
+                if self._position is not None and event.incarnation == self._position.incarnation:
+                    return List()  # the authority stands where we do: a stale tier looked like a restore
                 self._take_any = True
                 self._notice("veltrix.restored", "warning", incarnation=event.incarnation)
                 return List()
@@ -480,8 +489,9 @@ class Replica:
     def _take_confirmation(self, event: Confirmed) -> Step:
         position, now = self._position, event.confirmation
         assert position is not None
-        took_s = event.now_s - event.sent_at_s
-        self._confirm_costs.append(took_s if now.cost_s is None else now.cost_s)
+        if not now.age_s:  # what a mirror says costs the authority nothing
+            took_s = event.now_s - event.sent_at_s
+            self._confirm_costs.append(took_s if now.cost_s is None else now.cost_s)
         self._confirm_next(event.now_s)
         if self.snapshot.origin == "disk":
             return List()
@@ -492,7 +502,7 @@ class Replica:
             return self._renew(position.incarnation)
         if now.revision > position.revision:
             # It may be on its way: the watch gets a moment to bring it.
-            self._expected = (now.revision, event.now_s + GRACE_S)
+            self._expected = (now.revision, event.now_s + self._grace_s)
         elif now.count is not None and now.count != self._keyspace.entry_count:
             return self._list_anew("the number of entries differs")
         elif now.digest is not None and now.digest != self.snapshot.digest:
@@ -560,9 +570,9 @@ class Replica:
                 by_s = now_s + GRACE_S  # a burst is on its way: slow is not dead
                 self._expected = revision, by_s
             if position.revision >= revision:
-                self._expected = None
+                self._expected, self._grace_s = None, GRACE_S
             elif now_s >= by_s:
-                self._expected = None
+                self._expected, self._grace_s = None, min(GRACE_MOST_S, 2 * self._grace_s)
                 self.reconnects += 1
                 self._notice("veltrix.watch_dead", "warning", revision=position.revision, behind=revision)
                 return self._open_watch()
@@ -605,10 +615,12 @@ class Replica:
     def _confirm_next(self, now_s: float) -> None:
         """Jittered by a fifth, so that a fleet does not ask in step.
 
-        The cheapest of the last three counts as the cost: a pause of this process is no load on the server.
+        The cheapest of the last three counts as the cost: a pause of this process, or a slow moment of the server at
+        the start, is no load on the server.
         """
-        cost_s = min(self._confirm_costs, default=0.0)
-        interval_s = max(self._confirm_interval_s, CONFIRM_COST_FACTOR * cost_s)
+        costs = self._confirm_costs
+        cost_s = min(costs) if len(costs) == costs.maxlen else 0.0
+        interval_s = max(self._confirm_interval_s, min(CONFIRM_COST_FACTOR * cost_s, self._confirm_at_most_s))
         self._confirm_at_s = now_s + interval_s * self._random.uniform(0.8, 1.0)
 
     def _label(self, incarnation: str) -> str:

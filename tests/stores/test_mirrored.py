@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.stores.contract import WITHIN_S, Harness, SharedStoreContract, entries, here, put
-from tests.stores.test_etcd import EtcdHarness
+from tests.stores.test_etcd import EtcdHarness, Servers
 from tests.stores.test_sqlite import SqliteHarness
 from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.waiting import wait_until
@@ -186,6 +186,13 @@ def redis() -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def etcds() -> Iterator[Servers]:
+    servers = Servers()
+    yield servers
+    servers.close()
+
+
 class MirroredContract(SharedStoreContract):
     """The contract, where only an authority can tell that a history is another one."""
 
@@ -233,9 +240,9 @@ class TestEtcdAndRedis(MirroredContract):
     """The contract over etcd, mirrored in Redis."""
 
     @pytest.fixture
-    def harness(self, redis: RedisServer) -> Iterator[MirroredHarness]:
+    def harness(self, redis: RedisServer, etcds: Servers) -> Iterator[MirroredHarness]:
         redis.run("FLUSHALL")
-        harness = EtcdAndRedis(EtcdHarness(), redis)
+        harness = EtcdAndRedis(EtcdHarness(etcds), redis)
         yield harness
         harness.close()
 

@@ -50,10 +50,11 @@ class Witness:
             now = self.seen
             if now.epoch != before.epoch:
                 return  # asked before a restore was noticed: it may be of either history
-            is_other = bool(before.cluster_id) and (
-                header.cluster_id != before.cluster_id
-                or header.raft_term < before.raft_term
-                or header.revision < before.revision
+            # What was forgotten meanwhile, because a restore was told, is no longer a witness.
+            is_other = bool(before.cluster_id and now.cluster_id) and (
+                header.cluster_id not in {before.cluster_id, now.cluster_id}
+                or header.raft_term < min(before.raft_term, now.raft_term)
+                or header.revision < min(before.revision, now.revision)
             )
             if is_other:
                 self.seen = Seen(
@@ -80,10 +81,12 @@ class Witness:
         raise Restored("etcd shows an older state than before, as after a restore from a backup; list again")
 
     def forget(self) -> None:
-        """Drop the position: it turned out to be of another history."""
+        """Drop all that was seen: it turned out to be of another history, and whoever asked is told so.
+
+        Headers too: compared with them, the next answer would tell of the same restore once more.
+        """
         with self._lock:
-            now = self.seen
-            self.seen = Seen(now.cluster_id, now.raft_term, now.revision, epoch=now.epoch, in_doubt=now.in_doubt)
+            self.seen = Seen(epoch=self.seen.epoch)
 
     def remember(self, position: Position, complete_to: int, epoch: int) -> None:
         """Note that `position` is the namespace's newest up to `complete_to`."""

@@ -18,7 +18,7 @@ from dataclasses import replace
 from random import Random
 from typing import Final
 
-from veltrix_mw.errors import Compacted, StoreError, StoreUnavailable
+from veltrix_mw.errors import AuthFailed, Compacted, StoreError, StoreUnavailable
 from veltrix_mw.protocols import (
     Batch,
     ChangeRecord,
@@ -89,9 +89,11 @@ class MirroredStore:
         self._renew_after_fork()
         deadline_s = self._clock() + timeout_s
         if self._chosen() is Tier.MIRROR:
-            listing = self._list_of_mirror(timeout_s, needs_fresh=True)
+            listing = self._list_of_mirror(timeout_s, needs_fresh=not self._served)
             if listing is not None:
                 return listing
+            if self._served:
+                raise self._not_listed()
             with self._lock:
                 self._tiers.leave_at_once(self._clock())
         sent_at_s = self._clock()
@@ -124,7 +126,9 @@ class MirroredStore:
         self._renew_after_fork()
         self._stands(position, -math.inf)
         sent_at_s = self._clock()
-        if self._chosen() is Tier.AUTHORITY:
+        with self._lock:
+            current = self._tiers.current  # of the watch there is; the next one moves
+        if current is Tier.AUTHORITY:
             confirmation = self.authority.confirm(position, timeout_s=timeout_s)
             if (confirmation.incarnation, confirmation.revision) == (position.incarnation, position.revision):
                 self._stands(position, sent_at_s)
@@ -140,6 +144,8 @@ class MirroredStore:
             raise Compacted("the mirror holds a new incarnation of the authority; list again")
         if state.position == position:
             self._stands(position, sent_at_s - state.age_s)
+        elif state.position.revision == position.revision:
+            raise Compacted("the mirror holds another history under the same incarnation; list again")
         return Confirmation(
             state.position.incarnation,
             state.position.revision,
@@ -164,7 +170,16 @@ class MirroredStore:
         return self.authority.read(keys, revision, timeout_s=timeout_s)
 
     def renew_incarnation(self, known: str, *, timeout_s: float) -> str:
-        return self.authority.renew_incarnation(known, timeout_s=timeout_s)
+        try:
+            incarnation = self.authority.renew_incarnation(known, timeout_s=timeout_s)
+        except AuthFailed:
+            with self._lock:
+                self._tiers.doubt(known, now_s=self._clock())
+            raise
+        if incarnation != known:
+            with self._lock:
+                self._tiers.renamed(known)
+        return incarnation
 
     def history(self, key: str, *, limit: int, timeout_s: float) -> Sequence[RawVersion]:
         return self.authority.history(key, limit=limit, timeout_s=timeout_s)
@@ -228,6 +243,17 @@ class MirroredStore:
         with self._lock:
             after_s = self._tiers.leave(self._clock())
         return Moved(f"the mirror is left for the authority: {error}", after_s=after_s)
+
+    def _not_listed(self) -> StoreError:
+        """What to raise where the mirror cannot be listed, and what is served can wait.
+
+        A mirror that was damaged is filled within moments, and a fleet must not list the authority meanwhile.
+        """
+        with self._lock:
+            tiers, now_s = self._tiers, self._clock()
+            if tiers.is_leaving:
+                return Moved(f"the mirror is left for the authority: {tiers.fault}", after_s=tiers.next_move_s(now_s))
+            return StoreUnavailable(f"the mirror cannot be listed: {tiers.fault or 'it went back'}")
 
     def _note_failure(self, error: StoreError) -> None:
         with self._lock:

@@ -36,6 +36,8 @@ LOOK_EVERY_S: Final = 2.0
 LOOK_MOST_S: Final = 5.0
 """... and while it does not answer: each look may keep changes waiting for as long as it takes to fail."""
 
+_OF_THE_PAST: Final = "it holds an incarnation that the authority has left"
+
 
 class Tier(StrEnum):
     """Which of the two."""
@@ -67,18 +69,40 @@ class Tiers:
         self._floor: Position | None = None
         self._floor_known_s = -math.inf
         self._left: deque[str] = deque(maxlen=64)
+        self._doubted = "", -math.inf
 
     # What happened
 
     def stands(self, position: Position, *, known_s: float) -> None:
-        """This process is at `position`, which was the authority's newest at `known_s` (-inf: nobody asked)."""
+        """This process is at `position`, which was the authority's newest at `known_s` (-inf: nobody asked).
+
+        Knowledge that is newer wins, also over a higher revision: of a history that was restored and that nobody may
+        rename.
+        """
         floor = self._floor
         if floor is not None and floor.incarnation != position.incarnation:
             self._left.append(floor.incarnation)
-        if floor is not None and floor.incarnation == position.incarnation and floor.revision > position.revision:
+        elif floor is not None and floor.revision > position.revision and known_s <= self._floor_known_s:
             return
         self._floor = position
         self._floor_known_s = max(self._floor_known_s, known_s)
+
+    def renamed(self, known: str) -> None:
+        """The incarnation `known` was given up for another: what still holds it is of the past."""
+        self._left.append(known)
+        if self._floor is not None and self._floor.incarnation == known:
+            self._floor = None
+        self._stay_at_authority()
+
+    def doubt(self, incarnation: str, *, now_s: float) -> None:
+        """A restore was seen, and `incarnation` cannot be renamed from here: what was mirrored of it is of the past."""
+        self._doubted = incarnation, now_s
+        self._stay_at_authority()
+
+    def _stay_at_authority(self) -> None:
+        """What the mirror said before a restore was seen is no reason to go there."""
+        if self.current is Tier.AUTHORITY:
+            self._move_at_s = None
 
     def answered(self, state: MirrorState, *, sent_at_s: float, now_s: float) -> None:
         """The mirror said where it stands."""
@@ -154,14 +178,17 @@ class Tiers:
         if not set(state.lazy) <= set(self._lazy):
             missing = ", ".join(sorted(set(state.lazy) - set(self._lazy)))
             return f"it leaves out {missing}, which this process reads eagerly"
+        doubted, doubted_s = self._doubted
+        if position.incarnation == doubted and sent_at_s - state.age_s <= doubted_s:
+            return _OF_THE_PAST
         if floor is None or not floor.incarnation:
-            return ""
+            return _OF_THE_PAST if position.incarnation in self._left else ""
         if position.incarnation == floor.incarnation:
             if position.revision < floor.revision:
                 return f"it is behind: at revision {position.revision}, and this process at {floor.revision}"
             return ""
         if position.incarnation in self._left or sent_at_s - state.age_s <= self._floor_known_s:
-            return "it holds an incarnation that the authority has left"
+            return _OF_THE_PAST
         return ""
 
     # Rules
@@ -173,9 +200,10 @@ class Tiers:
             covered = set(state.lazy) <= set(self._lazy)
             kind = "uncovered" if not covered else "behind" if state.position.incarnation else "empty"
             return kind, why, STALE_AFTER_S if covered else 0.0
+        if math.isinf(state.age_s):  # it has just been filled; what it holds is proved a moment later
+            return "stale", "its relay asked the authority never", STALE_AFTER_S
         if state.age_s > STALE_AFTER_S:
-            told = "never" if math.isinf(state.age_s) else f"{state.age_s:.0f} s ago"
-            return "stale", f"its relay asked the authority {told}", 0.0
+            return "stale", f"its relay asked the authority {state.age_s:.0f} s ago", 0.0
         floor = self._floor
         if self.current is Tier.AUTHORITY and floor is not None and floor.incarnation != state.position.incarnation:
             return "behind", "it holds another incarnation than the authority", 0.0

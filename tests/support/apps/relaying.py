@@ -10,7 +10,7 @@ import threading
 from veltrix_mw import ConfigClient
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s.%(msecs)03d %(message)s", datefmt="%T")
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     with ConfigClient(relay="auto", instance=sys.argv[1]):

@@ -20,7 +20,7 @@ from typing import Any
 from veltrix_mw import ConfigClient, View, current_view
 from veltrix_mw.wsgi import VIEW_KEY, ConfigMiddleware
 
-logging.basicConfig(level=logging.INFO)
+logging.basicConfig(level=logging.INFO, format="%(asctime)s.%(msecs)03d %(process)d %(message)s", datefmt="%T")
 
 
 class TracedClient(ConfigClient):
@@ -42,6 +42,10 @@ class TracedClient(ConfigClient):
         with (Path(os.environ["TRACE_FOLDER"]) / f"{os.getpid()}.jsonl").open("a") as trace:
             trace.write(json.dumps(line) + "\n")
         return taken
+
+    def _failed(self, follower: Any, error: Any) -> None:
+        logging.getLogger("traced").info("failed %s: %s", type(error).__name__, error)
+        super()._failed(follower, error)
 
 
 def answer(view: View) -> dict[str, Any]:
