@@ -4,6 +4,9 @@ A page is a story: its fenced blocks run from top to bottom, in one process and 
 what a terminal shows (lines after `$` are commands, the others their output, `...` stands for anything); `python`
 blocks share one module. A block that needs an app around it is marked `<!-- run: NAME -->`; what runs before and after
 it is `AROUND[NAME]`. The page's process is this file, run as a program.
+
+A page that says `<!-- servers: etcd redis -->` gets real ones of its own: wherever it names the hosts of `HOSTS`, those
+are meant. There `etcdctl` and `redis-cli` run, too.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ import subprocess
 import sys
 import tomllib
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 import pytest
+
+from tests.support.etcd_servers import etcd
+from tests.support.redis_servers import redis_server
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -35,6 +41,13 @@ RUN: Final = frozenset({"python", "console"})
 SHOWN: Final = frozenset({"text", "html", "html+jinja", "html+django", "json", "ini", "toml"})  # nothing to run
 # Commands of others: named here, so that a misspelt one of ours is not taken for one of theirs.
 OTHERS: Final = frozenset({"gunicorn", "uvicorn", "uwsgi", "granian", "curl", "chgrp", "chmod", "install", "sqlite3"})
+STAY: Final = frozenset({"watch", "relay", "demo"})  # verbs that do not end by themselves
+
+# How pages name their servers, the longest first; each is replaced by where the page's own server listens.
+HOSTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "etcd": ("h1:2379,h2:2379,h3:2379", "127.0.0.1:2379"),
+    "redis": ("h4:6379", "127.0.0.1:6379"),
+}
 
 # --- what is around a marked block ----------------------------------------------------------------------------------
 
@@ -257,6 +270,8 @@ class Shell:
 
     def _run(self, command: str) -> str | None:
         """What the command printed; None if it was only looked at."""
+        if command.split()[0] in {"etcdctl", "redis-cli"}:
+            return self._server_tool(shlex.split(command))
         assigned = re.fullmatch(r"(\w+)=\$\((.*)\)", command)
         if assigned:
             os.environ[assigned[1]] = (self._veltrix(shlex.split(assigned[2])[1:]) or "").strip()
@@ -290,10 +305,18 @@ class Shell:
                 raise Wrong(f"$ {command}\nnobody checks this command; see OTHERS in {Path(__file__).name}")
         return None
 
+    def _server_tool(self, words: list[str]) -> str:
+        name, *arguments = words
+        if name == "redis-cli":
+            arguments = ["-p", os.environ["DOCS_REDIS"].rpartition(":")[2], *arguments]
+        done = subprocess.run([name, *arguments], capture_output=True, text=True, timeout=30, check=False)
+        self.exit_code = done.returncode
+        return done.stdout + done.stderr
+
     def _veltrix(self, arguments: list[str], *, terminal: bool = False) -> str | None:
         from veltrix_mw.cli import main
 
-        if {"watch", "demo"} & {*arguments}:
+        if STAY & {*arguments}:
             _check_verb(arguments)
             return None  # they stay
         out = Output(terminal=terminal)
@@ -358,6 +381,19 @@ def _check_package(package: str) -> None:
             raise Wrong(f"pip install {package}: there is no extra {extra!r}")
 
 
+def servers_of(page: Path) -> list[str]:
+    """Which servers the page asks for."""
+    found = re.search(r"^<!-- servers: ([\w ]+) -->$", page.read_text(), re.MULTILINE)
+    return found[1].split() if found else []
+
+
+def _on_servers(text: str) -> str:
+    for server, names in HOSTS.items():
+        for name in names:
+            text = text.replace(name, os.environ.get(f"DOCS_{server.upper()}", name))
+    return text
+
+
 def run_page(page: Path) -> None:
     """Run every snippet of the page in the working directory; raises at the first that fails."""
     shell = Shell()
@@ -367,7 +403,8 @@ def run_page(page: Path) -> None:
     def execute(code: str, line: int, name: str) -> None:
         exec(compile("\n" * (line - 1) + code, name, "exec"), module.__dict__)
 
-    for fence in fences(page):
+    for written in fences(page):
+        fence = replace(written, text=_on_servers(written.text))
         try:
             if fence.language == "console":
                 shell.run(fence.text)
@@ -387,6 +424,21 @@ def run_page(page: Path) -> None:
 
 # --- the tests ------------------------------------------------------------------------------------------------------
 
+
+@contextlib.contextmanager
+def running(servers: list[str]) -> Iterator[dict[str, str]]:
+    """The servers for the length of the block, and what a page's process finds them by."""
+    environ: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        if "etcd" in servers:
+            member = stack.enter_context(etcd(options=["--bcrypt-cost", "4"])).members[0]
+            environ["DOCS_ETCD"] = environ["ETCDCTL_ENDPOINTS"] = f"127.0.0.1:{member.port}"
+            environ["ETCDCTL_API"] = "3"
+        if "redis" in servers:
+            environ["DOCS_REDIS"] = f"127.0.0.1:{stack.enter_context(redis_server()).port}"
+        yield environ
+
+
 RUNNABLE: Final = [page for page in PAGES if any(fence.language in RUN for fence in fences(page))]
 
 
@@ -400,16 +452,17 @@ def test_every_snippet_of_the_page_does_what_it_says(page: Path, tmp_path: Path)
         "COLUMNS": "100",
         "TZ": "UTC",
     }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.test_docs", str(page)],
-        cwd=tmp_path,
-        env=environ,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    with running(servers_of(page)) as of_servers:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "tests.test_docs", str(page)],
+            cwd=tmp_path,
+            env=environ | of_servers,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,231 @@
+"""The users of docs/permissions.md, made on real servers by the commands of that page: what each can do, and what not.
+
+A permission that is missing fails here, and so does one that nothing needs.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import redis
+
+from tests.support.etcd_servers import EtcdCluster, etcd
+from tests.support.redis_servers import RedisServer, redis_server
+from tests.support.waiting import wait_until
+from tests.test_docs import fences
+from veltrix_mw import AuthFailed, ConfigClient, Delete, Put
+from veltrix_mw.stores.etcd import EtcdStore
+
+PAGE: Final = Path(__file__).resolve().parents[1] / "docs" / "permissions.md"
+WAIT_S: Final = 20.0
+
+
+def commands(tool: str) -> list[list[str]]:
+    """The page's commands for `etcdctl` or `redis-cli`, in order, without the name."""
+    found = [
+        shlex.split(line[2:])
+        for fence in fences(PAGE)
+        if fence.language == "console"
+        for line in fence.text.replace("\\\n", " ").splitlines()
+        if line.startswith("$ ")
+    ]
+    return [words[1:] for words in found if words[0] == tool]
+
+
+@pytest.fixture(scope="module")
+def etcd_users() -> Iterator[EtcdCluster]:
+    # A password is checked as cheaply as it can be: with etcd's default it takes a busy machine seconds.
+    with etcd(options=["--bcrypt-cost", "4"]) as cluster:
+        cluster.ctl("put", "other/secret", "1")
+        for command in commands("etcdctl"):
+            cluster.ctl(*command)
+        cluster.user, cluster.password = "root", "root-password"
+        yield cluster
+
+
+@pytest.fixture
+def redis_users() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        server.run("SET", "veltrix:{other}:entries", "1")
+        for command in commands("redis-cli"):
+            words = ["redis-cli", "-p", str(server.port), *command]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert done.stdout.strip() == "OK", done.stdout + done.stderr
+        yield server
+
+
+def etcd_url(cluster: EtcdCluster, who: str, *, namespace: str = "shop") -> str:
+    return f"etcd://shop-{who}:{who}-password@127.0.0.1:{cluster.members[0].port}/{namespace}"
+
+
+def redis_url(server: RedisServer, who: str, *, query: str = "") -> str:
+    return f"redis://shop-{who}:{who}-password@127.0.0.1:{server.port}/0{query}"
+
+
+def as_user(server: RedisServer, user: str, password: str) -> redis.Redis:
+    return redis.Redis("127.0.0.1", server.port, username=user, password=password, socket_timeout=WAIT_S)
+
+
+def granted(user: str) -> set[str]:
+    """The commands that the page grants a user of Redis."""
+    (command,) = (words for words in commands("redis-cli") if user in words)
+    return {word[1:] for word in command if re.fullmatch(r"\+[a-z]+", word)}
+
+
+def used(server: RedisServer) -> set[str]:
+    with as_user(server, "admin", "admin-password") as admin:
+        stats: Any = admin.execute_command("INFO", "commandstats")
+    return {name.removeprefix("cmdstat_") for name, said in stats.items() if said["calls"] > said["rejected_calls"]}
+
+
+# --- etcd
+
+
+def test_a_writer_writes_its_namespace_and_no_other(etcd_users: EtcdCluster) -> None:
+    with ConfigClient(etcd_url(etcd_users, "writer")) as writer:
+        first = writer.put("checkout/max_items", 50, reason="first")
+        writer.write([Put("checkout/max_items", 80), Put("checkout/title", "Sale")])
+        writer.write([Delete("checkout/title")])
+        writer.wait_for(writer.rollback(first))
+        assert writer.view()["checkout/max_items"] == 50
+        assert [version.value for version in writer.history("checkout/max_items")][-1] == 50
+    with ConfigClient(etcd_url(etcd_users, "writer", namespace="other")) as other:
+        with pytest.raises(AuthFailed, match="grant"):
+            other.put("secret", 2)
+        with pytest.raises(AuthFailed, match="grant"):
+            other.list()
+
+
+@pytest.mark.parametrize("who", ["worker", "relay"])
+def test_workers_and_relays_change_nothing_in_etcd(etcd_users: EtcdCluster, who: str) -> None:
+    user = f"shop-{who}:{who}-password"
+    for key in ("shop/checkout/max_items", ".veltrix/shop/change", "other/secret"):
+        with pytest.raises(AssertionError, match="permission denied"):
+            etcd_users.ctl("put", key, "1", user=user)
+        with pytest.raises(AssertionError, match="permission denied"):
+            etcd_users.ctl("del", key, user=user)
+    with pytest.raises(AssertionError, match="permission denied"):
+        etcd_users.ctl("get", "--prefix", "other/", user=user)
+    with ConfigClient(etcd_url(etcd_users, who)) as client, pytest.raises(AuthFailed, match="grant"):
+        client.put("checkout/max_items", 1)
+
+
+def test_the_relay_may_replace_the_incarnation_and_a_worker_may_not(etcd_users: EtcdCluster) -> None:
+    with ConfigClient(etcd_url(etcd_users, "writer")) as writer:
+        writer.put("checkout/max_items", 50)
+    hosts = etcd_users.hosts
+    relay = EtcdStore(hosts, namespace="shop", user="shop-relay", password="relay-password")
+    worker = EtcdStore(hosts, namespace="shop", user="shop-worker", password="worker-password")
+    known = relay.list(timeout_s=WAIT_S).position.incarnation
+    with pytest.raises(AuthFailed, match="grant"):
+        worker.renew_incarnation(known, timeout_s=WAIT_S)
+    assert relay.renew_incarnation(known, timeout_s=WAIT_S) != known
+    relay.close()
+    worker.close()
+
+
+# --- Redis as the mirror
+
+
+def test_a_relay_feeds_the_mirror_and_a_worker_follows_it_and_each_command_is_needed(
+    etcd_users: EtcdCluster, redis_users: RedisServer
+) -> None:
+    def clients(who: str, **options: Any) -> ConfigClient:
+        return ConfigClient(etcd_url(etcd_users, who), mirror=redis_url(redis_users, who), **options)
+
+    # The worker stands for election too, in vain.
+    with ConfigClient(etcd_url(etcd_users, "writer")) as writer, clients("worker") as worker:
+        writer.write([Put("checkout/max_items", 50), Put("checkout/title", "Sale")])
+        wait_until(lambda: "nobody may write" in worker.status().relay_missing, WAIT_S, reason="the worker is barred")
+        worker.wait_ready(timeout_s=WAIT_S)
+        assert worker.status().origin == "etcd"
+        with clients("relay") as relay, clients("relay") as standby:
+            both = {relay.instance, standby.instance}
+            wait_until(lambda: worker.status().relay in both, WAIT_S, reason="one of the two is the relay")
+            wait_until(lambda: _state_of_mirror(worker) == "following", WAIT_S, reason="the worker is on the mirror")
+            worker.wait_for(writer.put("checkout/max_items", 80), timeout_s=WAIT_S)
+            worker.wait_for(writer.delete("checkout/title"), timeout_s=WAIT_S)
+            assert dict(worker.snapshot) == {"checkout/max_items": 80}
+            assert worker.snapshot.origin == "redis"
+            with clients("worker", relay="never") as late:
+                late.wait_ready(timeout_s=WAIT_S)
+                assert late.snapshot.origin == "redis"
+    assert granted("shop-worker") | granted("shop-relay") <= used(redis_users)
+
+
+def _state_of_mirror(client: ConfigClient) -> str:
+    return next(tier.state for tier in client.status().tiers if tier.role == "mirror")
+
+
+def test_a_worker_goes_to_etcd_when_the_mirror_is_gone(etcd_users: EtcdCluster, redis_users: RedisServer) -> None:
+    mirror = redis_url(redis_users, "worker")
+    with (
+        ConfigClient(etcd_url(etcd_users, "relay"), mirror=redis_url(redis_users, "relay")),
+        ConfigClient(etcd_url(etcd_users, "worker"), mirror=mirror, relay="never") as worker,
+        ConfigClient(etcd_url(etcd_users, "writer")) as writer,
+    ):
+        worker.wait_for(writer.put("checkout/max_items", 10), timeout_s=WAIT_S)
+        wait_until(lambda: _state_of_mirror(worker) == "following", WAIT_S, reason="the worker is on the mirror")
+        redis_users.kill()
+        worker.wait_for(writer.put("checkout/max_items", 20), timeout_s=WAIT_S)
+        assert (worker.view()["checkout/max_items"], worker.snapshot.origin) == (20, "etcd")
+
+
+@pytest.mark.parametrize("who", ["worker", "relay", "writer"])
+def test_nobody_touches_other_keys_or_the_server(redis_users: RedisServer, who: str) -> None:
+    mine, other = "veltrix:{shop}:entries", "veltrix:{other}:entries"
+    refused = [("KEYS", "*"), ("FLUSHALL",), ("FLUSHDB",), ("CONFIG", "GET", "*"), ("SCRIPT", "FLUSH"), ("ACL", "LIST"),
+               ("GET", other), ("HSET", other, "k", "v"), ("DEL", other), ("SCAN", "0"), ("MONITOR",)]  # fmt: skip
+    if who == "worker":
+        refused += [("HSET", mine, "k", "v"), ("DEL", mine), ("SET", "veltrix:{shop}:lease", "1"), ("EVAL", "", "0"),
+                    ("XADD", "veltrix:{shop}:changes", "*", "k", "v")]  # fmt: skip
+    with as_user(redis_users, f"shop-{who}", f"{who}-password") as client:
+        for command in refused:
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*command)
+        if who != "worker":
+            with pytest.raises(redis.exceptions.ResponseError):
+                client.execute_command("EVAL", "return redis.call('HSET', KEYS[1], 'k', 'v')", "1", other)
+    with as_user(redis_users, "admin", "admin-password") as admin:
+        assert admin.get(other) == b"1"
+
+
+# --- Redis as the authority
+
+
+def test_a_writer_writes_redis_as_the_authority_and_a_worker_follows_it(redis_users: RedisServer) -> None:
+    shop = "?namespace=shop"
+    with (
+        ConfigClient(redis_url(redis_users, "writer", query=shop)) as writer,
+        ConfigClient(redis_url(redis_users, "worker", query=shop)) as worker,
+    ):
+        first = writer.put("checkout/max_items", 50)
+        writer.write([Put("checkout/max_items", 80), Put("checkout/title", "Sale")])
+        writer.put("checkout/max_items", 90, expected=2)
+        worker.wait_for(writer.rollback(first), timeout_s=WAIT_S)
+        assert dict(worker.snapshot) == {"checkout/max_items": 50}
+        assert worker.history("checkout/max_items")[-1].value == 50
+        with pytest.raises(AuthFailed, match="ACL"):
+            worker.put("checkout/max_items", 1)
+    assert granted("shop-writer") <= used(redis_users) | granted("shop-worker")
+
+
+# --- neither
+
+
+def test_without_a_user_nobody_is_let_in(etcd_users: EtcdCluster, redis_users: RedisServer) -> None:
+    with ConfigClient(f"etcd://127.0.0.1:{etcd_users.members[0].port}/shop") as client, pytest.raises(AuthFailed):
+        client.list()
+    with ConfigClient(f"redis://127.0.0.1:{redis_users.port}/0?namespace=shop") as client, pytest.raises(AuthFailed):
+        client.list()
+
+
+def test_the_page_shows_no_command_that_is_not_tried() -> None:
+    assert {words[0] for words in commands("etcdctl")} == {"user", "role", "auth"}
+    assert {words[0] for words in commands("redis-cli")} == {"ACL"}
