@@ -208,6 +208,10 @@ class WatchStream:
         """Whether its member failed a call since: the stream may be half open, and silent for ever."""
         return self._gateway._here().failed_at_s.get(self.host, 0.0) > self.opened_at_s
 
+    def is_amid(self, now_s: float) -> bool:
+        """Whether a message is on its way, and pieces of it keep coming."""
+        return bool(self._early) or self._stream.is_amid(now_s)
+
     def interrupt(self) -> None:
         """End a `receive` in another thread."""
         self._stream.interrupt()

@@ -27,6 +27,7 @@ __all__ = ["Connection", "Lines", "LineStream", "NotHttp", "Response", "outside_
 
 _MAX_HEAD_BYTES: Final = 64 * 1024  # far above any gateway's or proxy's; what has no end is no head
 _RECEIVE_BYTES: Final = 256 * 1024
+_PIECES_S: Final = 1.0  # between two pieces of a line, before it counts as broken off
 
 
 class NotHttp(Exception):
@@ -182,6 +183,11 @@ class Lines:
     def __init__(self) -> None:
         self._begun: list[bytes] = []
 
+    @property
+    def begun(self) -> bool:
+        """Whether a line has begun that has no end yet."""
+        return any(self._begun)
+
     def feed(self, data: bytes) -> list[bytes]:
         """The lines that are complete now."""
         first, *others = data.split(b"\n")
@@ -280,6 +286,11 @@ class LineStream:
         self._response = response
         self._lines = Lines()
         self._waiting = self._lines.feed(begun)
+        self._came_at_s = 0.0
+
+    def is_amid(self, now_s: float) -> bool:
+        """Whether a line has begun, and went on within the last moment."""
+        return self._lines.begun and now_s - self._came_at_s < _PIECES_S
 
     def receive(self, by_s: float) -> list[bytes]:
         """The next lines, none where none came by then; looks at least once. Raises `EOFError` at the end."""
@@ -293,6 +304,7 @@ class LineStream:
                 return []
             if not piece:
                 raise EOFError("the connection has ended")
+            self._came_at_s = time.monotonic()
             self._waiting = self._lines.feed(self._response.feed(piece))
         waiting, self._waiting = self._waiting, []
         return waiting

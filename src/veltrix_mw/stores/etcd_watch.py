@@ -34,6 +34,8 @@ LABEL: Final = 3
 _MAX_BATCHES: Final = 256  # revisions one `next` returns at most: a follower publishes between two calls ...
 _MAX_BATCH_BYTES: Final = 1024 * 1024  # ... and bytes of values, but for one revision that is larger itself
 _HOLD_S: Final = 0.002  # how long a revision waits for its record, a moment before or after it; then it is asked for
+_OVERTIME_S: Final = 10.0  # beyond `next`'s own timeout, while a huge revision keeps coming
+_LOOK_S: Final = 0.1  # then, how often it is looked whether it still does
 _LATE_S: Final = 1.0  # etcd has the record, and the watch does not bring it: it is out of step
 
 
@@ -68,6 +70,11 @@ class Assembly:
         self._resolved = 0  # up to here every record there is has come
         self._missing: tuple[int, float] | None = None  # a record that has not come, and since when that is known
         self.ignored_changed = False
+
+    @property
+    def is_amid(self) -> bool:
+        """Whether there are fragments of a revision, and not yet all of them."""
+        return bool(self._events)
 
     def take(self, message: Watched, now_s: float) -> None:
         """Take one message. Raises `Restored` where the label was replaced."""
@@ -256,11 +263,12 @@ class EtcdWatch:
             if now_s >= self._renew_at_s or self._stream is None or self._stream.is_left:
                 self.open(now_s + self._timeout_s)
                 self._check()
-            self._receive(min(deadline_s, self._assembly.due_s, self._renew_at_s))
+            until_s = deadline_s if now_s < deadline_s else now_s + _LOOK_S
+            self._receive(min(until_s, self._assembly.due_s, self._renew_at_s))
             if self._assembly.due_s <= now_s:
                 self._ask(now_s)
             batches = self._taken()
-            if batches or time.monotonic() >= deadline_s:
+            if batches or not self._goes_on(deadline_s):
                 return batches
             self._check()
 
@@ -283,6 +291,18 @@ class EtcdWatch:
         if self._is_closed:
             raise StoreUnavailable("the watch was closed; watch again")
         self._witness.check(self._epoch)
+
+    def _goes_on(self, deadline_s: float) -> bool:
+        """Whether to wait on: until the deadline, and longer in the middle of a revision.
+
+        To break off there is to begin again, and to come no further then.
+        """
+        now_s = time.monotonic()
+        if now_s < deadline_s:
+            return True
+        stream = self._stream
+        amid = stream is not None and (self._assembly.is_amid or stream.is_amid(now_s))
+        return amid and now_s < deadline_s + _OVERTIME_S
 
     def _receive(self, by_s: float) -> None:
         stream = self._stream
