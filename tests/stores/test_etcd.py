@@ -275,6 +275,49 @@ def test_a_label_that_someone_deleted_is_noticed_and_minted_anew(
     assert here(store).incarnation == renewed != position.incarnation
 
 
+def test_a_label_that_was_renewed_more_than_once_since_the_last_change_is_followed(
+    shared: EtcdCluster, name: str, open_store: OpenStore
+) -> None:
+    store = open_store(shared, name)
+    put(store, "a", b"1")
+    for _ in range(3):
+        store.renew_incarnation(here(store).incarnation, timeout_s=WITHIN_S)
+    watch = watch_from(store, here(store))
+    assert quiet(watch)
+    batch = one(watch, put(store, "a", b"2"))
+    assert batch.position == here(store)
+
+
+def test_a_position_without_a_mark_is_listed_anew_and_no_restore(
+    shared: EtcdCluster, name: str, open_store: OpenStore
+) -> None:
+    store = open_store(shared, name)
+    put(store, "a", b"1")
+    position = here(store)
+    with pytest.raises(Compacted) as caught:
+        watch_from(store, Position(position.incarnation, position.revision))
+    assert not isinstance(caught.value, Restored)
+
+
+def test_many_keys_are_read_at_one_revision(
+    shared: EtcdCluster, name: str, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = open_store(shared, name), open_store(shared, name)
+    keys = [f"k{number:03}" for number in range(250)]
+    for start in range(0, 250, 100):
+        write(store, *(RawOperation(key, b"1") for key in keys[start : start + 100]))
+    before = entries(store)
+    asked = store._ranges
+
+    def then_written(*given: Any) -> Any:
+        answer = asked(*given)
+        put(other, keys[-1], b"2")
+        return answer
+
+    monkeypatch.setattr(store, "_ranges", then_written)
+    assert store.read(keys, None, timeout_s=WITHIN_S) == before
+
+
 def test_writers_at_once_agree_on_one_label(shared: EtcdCluster, name: str, open_store: OpenStore) -> None:
     stores = [open_store(shared, name) for _ in range(2)]
     put(stores[0], "a", b"1")
@@ -404,6 +447,23 @@ def test_a_deletion_at_the_revision_of_a_compaction_is_not_lost(server: EtcdClus
     assert store.confirm(here(store), timeout_s=WITHIN_S).count == 1
 
 
+def test_nor_where_the_compaction_comes_while_the_watch_is_opened(
+    server: EtcdCluster, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(server, "shop")
+    put(store, "a", b"1")
+    position = here(store)
+    opened = store._gateway.watch
+
+    def compacted_just_before(*given: Any, **options: Any) -> Any:
+        server.compact(server.delete("shop/a"))
+        return opened(*given, **options)
+
+    monkeypatch.setattr(store._gateway, "watch", compacted_just_before)
+    with pytest.raises(Compacted):
+        watch_from(store, position)
+
+
 def test_a_quiet_namespace_is_followed_through_compactions_for_others(
     server: EtcdCluster, open_store: OpenStore
 ) -> None:
@@ -523,6 +583,25 @@ def test_a_restore_is_noticed_by_a_frozen_worker_though_more_was_written_since(
     assert here(thawed).revision > position.revision
     with pytest.raises(Restored):
         watch_from(store, position)
+
+
+def test_a_listing_after_a_restore_does_not_go_by_what_was_followed_before(
+    server: EtcdCluster, open_store: OpenStore
+) -> None:
+    store, other = open_store(server, "shop"), open_store(server, "other")
+    put(store, "a", b"1")
+    backup = server.back_up()
+    put(store, "a", b"2")
+    position = here(store)
+    server.restore(backup)
+    # As after a long sleep: nothing that the cluster says of itself is lower than it was.
+    while put(other, "x", b"1") <= position.revision:
+        pass
+    with pytest.raises(Restored):
+        watch_from(store, position)
+    # Who may only read cannot rename the history, and still must not be told that it is the old one.
+    assert here(store).revision < position.revision
+    watch_from(store, here(store)).close()
 
 
 def test_a_restore_that_spared_the_namespace_is_told_once(server: EtcdCluster, open_store: OpenStore) -> None:

@@ -88,6 +88,27 @@ def test_a_record_that_etcd_has_and_the_watch_did_not_bring_is_waited_for_then_t
     assert told(made.ready()) == [(10, 12, "ann")]
 
 
+def test_a_stream_of_writes_is_not_out_of_step_because_the_newest_record_is_always_on_its_way() -> None:
+    made = assembly(revision=0)
+    for revision in range(1, 200):
+        now_s = revision * 0.1
+        made.take(entered(entry("k", b"1", revision)), now_s)
+        made.resolve(revision, Change(revision, "r:mark", ChangeRecord()), "label", now_s)
+        made.take(recorded(revision), now_s)
+        assert told(made.ready()) == [(revision - 1, revision, "ann")]
+
+
+def test_a_record_that_never_comes_is_out_of_step_also_while_writes_go_on() -> None:
+    made = assembly(revision=0)
+    with pytest.raises(StoreUnavailable, match="watch again"):
+        for revision in range(1, 200):
+            now_s = revision * 0.1
+            made.take(entered(entry("k", b"1", revision)), now_s)
+            made.resolve(revision, Change(revision, "r:mark", ChangeRecord()), "label", now_s)
+    assert revision < 20
+    assert made.ready() == []
+
+
 def test_a_later_record_proves_that_earlier_revisions_have_none() -> None:
     made = assembly()
     made.take(entered(entry("a", b"1", 11), entry("a", b"2", 12), entry("a", b"3", 13)), 0.0)
