@@ -502,7 +502,9 @@ class Replica:
             return self._renew(position.incarnation)
         if now.revision > position.revision:
             # It may be on its way: the watch gets a moment to bring it.
-            self._expected = (now.revision, event.now_s + self._grace_s)
+            # Asked again meanwhile, it gets no more of it: else no watch would ever be late.
+            by_s = event.now_s + self._grace_s if self._expected is None else self._expected[1]
+            self._expected = (now.revision, by_s)
         elif now.count is not None and now.count != self._keyspace.entry_count:
             return self._list_anew("the number of entries differs")
         elif now.digest is not None and now.digest != self.snapshot.digest:
