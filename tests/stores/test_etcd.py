@@ -62,6 +62,7 @@ class EtcdHarness(Harness):
     """A namespace on the server that is there; on a fresh one where the last test forgot history."""
 
     keeps_records = False
+    pushes = True
 
     def __init__(self, servers: Servers) -> None:
         super().__init__()
