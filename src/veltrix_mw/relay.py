@@ -407,7 +407,8 @@ class Relay:
 
     def _take_followed(self, event: Followed) -> RelayStep:
         inner = event.event
-        self._asked_at_us = event.asked_at_us
+        if event.asked_at_us:
+            self._asked_at_us = event.asked_at_us  # of the question whose answer is proved by this event or a later one
         if isinstance(inner, Failed):
             if self._trouble_since_s is None:
                 self._trouble_since_s = inner.now_s
@@ -426,8 +427,7 @@ class Relay:
         self._notices.extend(decision.notices)
         self._pending = decision.step
         self.error = "" if replica.error is None else str(replica.error)
-        answered = isinstance(event, (Listed, Confirmed))
-        if answered and replica.snapshot._proof.at_s > proved_s:
+        if replica.snapshot._proof.at_s > proved_s:
             self._proof_us = self._asked_at_us
         return self._go_on(now_s)
 

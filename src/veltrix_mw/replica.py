@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Final
 
@@ -285,6 +285,18 @@ class Decision:
     notices: tuple[Notice, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A confirmation of something newer than what is held: the watch is to bring it by `by_s`.
+
+    Once it has, what is held was the newest at `known_s`.
+    """
+
+    said: Confirmation
+    known_s: float
+    by_s: float
+
+
 class Replica:
     """Follows one authority: hand it each event, do what it decides.
 
@@ -322,8 +334,10 @@ class Replica:
         self._confirm_at_s = 0.0
         self._confirm_costs: deque[float] = deque(maxlen=3)
         # The authority is known to have this revision; the watch must bring it by then.
-        self._expected: tuple[int, float] | None = None
+        self._expected: _Expected | None = None
         self._grace_s = GRACE_S
+        # What was the newest at a moment: (revision, entries, moment). Once it is applied, that moment is proved.
+        self._promised: tuple[int, int | None, float] | None = None
         self._notices: list[Notice] = []
         self._served: Snapshot = keyspace.snapshot
         self._changed: set[str] | None = set()
@@ -340,7 +354,7 @@ class Replica:
     def lag(self) -> int:
         """How many revisions the authority is known to be ahead."""
         expected, position = self._expected, self._position
-        return 0 if expected is None or position is None else max(0, expected[0] - position.revision)
+        return 0 if expected is None or position is None else max(0, expected.said.revision - position.revision)
 
     @property
     def state(self) -> str:
@@ -484,6 +498,12 @@ class Replica:
                 self._changed |= changed
             if self.snapshot.rejected is not before:
                 self._note_rejections(before)
+            expected = self._expected
+            if expected is not None and expected.said.revision == batch.position.revision:
+                # While writes go on, each confirmation knows of something newer: this is when it is proved.
+                if differs := self._differs(expected.said):
+                    return self._list_anew(differs)
+                self._prove(expected.known_s)
         return self._follow(event.now_s, moved=self._position is not begun_at)
 
     def _take_confirmation(self, event: Confirmed) -> Step:
@@ -503,17 +523,27 @@ class Replica:
         if now.revision > position.revision:
             # It may be on its way: the watch gets a moment to bring it.
             # Asked again meanwhile, it gets no more of it: else no watch would ever be late.
-            by_s = event.now_s + self._grace_s if self._expected is None else self._expected[1]
-            self._expected = (now.revision, by_s)
-        elif now.count is not None and now.count != self._keyspace.entry_count:
-            return self._list_anew("the number of entries differs")
-        elif now.digest is not None and now.digest != self.snapshot.digest:
-            return self._list_anew("the digest differs")
+            by_s = event.now_s + self._grace_s if self._expected is None else self._expected.by_s
+            self._expected = _Expected(now, event.sent_at_s - now.age_s, by_s)
+        elif differs := self._differs(now):
+            return self._list_anew(differs)
         else:
-            # A mirror may know of an older proof than the authority gave us before.
-            proof = self.snapshot._proof
-            proof.at_s = max(proof.at_s, event.sent_at_s - now.age_s)
+            self._prove(event.sent_at_s - now.age_s)
         return self._follow(event.now_s)
+
+    def _differs(self, said: Confirmation) -> str:
+        """How what is held differs from what was said of this revision; empty if it does not."""
+        if said.count is not None and said.count != self._keyspace.entry_count:
+            return "the number of entries differs"
+        if said.digest is not None and said.digest != self.snapshot.digest:
+            return "the digest differs"
+        return ""
+
+    def _prove(self, known_s: float) -> None:
+        """What is held was the newest at `known_s`."""
+        # A mirror may know of an older proof than the authority gave us before.
+        proof = self.snapshot._proof
+        proof.at_s = max(proof.at_s, known_s)
 
     def _after_failure(self, event: Failed) -> Step:
         error, step = event.error, self._step
@@ -567,10 +597,10 @@ class Replica:
         assert position is not None
         due_s = self._confirm_at_s
         if self._expected is not None:
-            revision, by_s = self._expected
+            revision, by_s = self._expected.said.revision, self._expected.by_s
             if moved:
                 by_s = now_s + GRACE_S  # a burst is on its way: slow is not dead
-                self._expected = revision, by_s
+                self._expected = replace(self._expected, by_s=by_s)
             if position.revision >= revision:
                 self._expected, self._grace_s = None, GRACE_S
             elif now_s >= by_s:
