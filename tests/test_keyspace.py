@@ -221,6 +221,15 @@ def test_the_last_known_good_serves_for_what_a_listing_brings_wrong() -> None:
     assert dict(space.snapshot) == {"n": 5, "m": 1}
 
 
+def test_a_listing_of_another_history_under_the_same_label_is_taken_by_its_values() -> None:
+    """A revision that is known may be another one after a restore: its number proves nothing."""
+    space = restored(keyspace(), {"a": ({"deep": [1]}, 1), "b": (1, 2), "c": ("x", 2)}, 2)
+    restored(space, {"a": ({"deep": [2]}, 1), "b": (True, 2), "c": ("y", 2)}, 3)
+    assert space.snapshot["a"] == {"deep": (2,)}
+    assert space.snapshot["b"] is True
+    assert space.snapshot["c"] == "y"
+
+
 def test_values_are_shared_with_the_snapshot_before_where_nothing_changed() -> None:
     space = restored(keyspace(), {"a": ({"deep": [1]}, 1), "b": ({"deep": [1]}, 1)}, 1)
     before = space.snapshot

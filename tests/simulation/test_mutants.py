@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from random import Random
 
 import pytest
@@ -193,6 +194,7 @@ def test_the_replica_itself_passes_every_seed() -> None:
         drive(World(seed=seed, may_write=seed % 4 != 0), Random(seed), steps=150)
 
 
+@cache
 def is_caught(mutant: type[Replica]) -> bool:
     for seed in SEEDS:
         try:

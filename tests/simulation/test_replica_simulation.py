@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.simulation.world import MISSING, World
 from veltrix_mw.errors import StoreUnavailable
-from veltrix_mw.replica import Confirm, Failed, Next, Notice, OpenWatch
+from veltrix_mw.replica import Confirm, Confirmed, Failed, Next, Notice, OpenWatch
 
 KEYS = st.sampled_from(["a", "b", "c/d", "c/e"])
 CHANGES = st.dictionaries(
@@ -168,3 +171,28 @@ def test_failing_confirmations_are_asked_for_at_growing_random_distances_of_at_m
         most_s = min(5.0, 2.0**number)
         assert 0.9 * most_s < max(drawn) <= most_s
         assert 0 <= min(drawn) < 0.1 * most_s
+
+
+# How often it is asked, by what an answer costs
+
+
+def interval_s(world: World, *, cost_s: float, **told: Any) -> float:
+    """Confirm, the answer taking `cost_s`; in how long it is to be asked again."""
+    to_confirm(world)
+    sent_s = world.now_s
+    world.authority.clock_s += cost_s
+    confirmation = replace(world.authority.confirm(world.authority.position()), **told)
+    world.decide(Confirmed(world.now_s, sent_s, confirmation))
+    return world.replica._confirm_at_s - world.now_s
+
+
+def test_a_dear_confirmation_is_asked_for_seldom_once_three_were_dear() -> None:
+    world = World()
+    assert [interval_s(world, cost_s=1) <= 5 for _ in range(2)] == [True, True]
+    assert 160 <= interval_s(world, cost_s=1) <= 200
+    assert interval_s(world, cost_s=0.001) <= 5
+
+
+def test_what_a_mirror_takes_to_answer_is_no_cost() -> None:
+    world = World()
+    assert all(interval_s(world, cost_s=1, age_s=2.0) <= 5 for _ in range(5))

@@ -194,3 +194,41 @@ def test_a_process_that_knows_nothing_takes_what_there_is() -> None:
     tiers = Tiers(random=Random(0))
     assert tiers.refuses(state(1, age_s=math.inf), sent_at_s=0) == ""
     assert "empty" in tiers.refuses(EMPTY, sent_at_s=0)
+
+
+# A history that was restored
+
+
+def test_a_mirror_of_a_renamed_incarnation_is_refused_before_anything_of_the_new_one_is_known() -> None:
+    tiers = at_authority()
+    tiers.answered(state(), sent_at_s=110, now_s=110)
+    tiers.renamed("one")
+    assert tiers.choose(120) is Tier.AUTHORITY
+    assert "left" in tiers.refuses(state(9, age_s=0), sent_at_s=120)
+    assert tiers.refuses(state(2, incarnation="two", age_s=0), sent_at_s=120) == ""
+
+
+def test_what_was_mirrored_before_a_restore_that_cannot_be_renamed_is_refused() -> None:
+    tiers = at_authority()
+    tiers.answered(state(), sent_at_s=110, now_s=110)
+    tiers.doubt("one", now_s=111)
+    assert tiers.choose(120) is Tier.AUTHORITY
+    assert "left" in tiers.refuses(state(9, age_s=1), sent_at_s=112)
+    assert tiers.refuses(state(9, age_s=1), sent_at_s=113) == ""
+
+
+def test_a_lower_revision_counts_once_the_authority_itself_shows_it() -> None:
+    tiers = following(revision=9)
+    tiers.stands(at(7), known_s=98)
+    assert "behind" in tiers.refuses(state(8), sent_at_s=200)
+    tiers.stands(at(7), known_s=110)
+    assert tiers.refuses(state(8), sent_at_s=200) == ""
+
+
+def test_a_mirror_that_was_just_filled_gets_the_time_to_be_proved() -> None:
+    tiers = following()
+    tiers.answered(state(6, age_s=math.inf), sent_at_s=100, now_s=100)
+    assert tiers.fault_kind == "stale"
+    assert not tiers.is_leaving
+    tiers.answered(state(6, age_s=math.inf), sent_at_s=110, now_s=110)
+    assert tiers.choose(110 + LEAVE_WITHIN_S) is Tier.AUTHORITY
