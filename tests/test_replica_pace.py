@@ -5,13 +5,14 @@ from __future__ import annotations
 from random import Random
 
 from veltrix_mw.keyspace import Keyspace
-from veltrix_mw.protocols import Confirmation, Listing, Position
+from veltrix_mw.protocols import Batch, Confirmation, Listing, Position, RawChange
 from veltrix_mw.replica import (
     GRACE_MOST_S,
     GRACE_S,
     Begun,
     Confirm,
     Confirmed,
+    List,
     Listed,
     Next,
     OpenWatch,
@@ -69,3 +70,25 @@ def test_a_watch_that_is_opened_anew_in_vain_gets_twice_the_time() -> None:
         graces.append(round(now_s - begun_s, 6))
         replica.handle(Watching(now_s))
     assert graces == [GRACE_S, 2 * GRACE_S, 4 * GRACE_S, GRACE_MOST_S, GRACE_MOST_S]
+
+
+def _changed(revision: int, *keys: str) -> Batch:
+    changes = tuple(RawChange(key, b"2") for key in keys)
+    return Batch(Position("label", revision, "mark"), revision - 1, changes)
+
+
+def test_a_namespace_that_is_written_all_the_time_is_confirmed_all_the_same() -> None:
+    """Each confirmation finds something newer; once that is applied, the moment of the question is proved."""
+    replica = _following()
+    replica.handle(Confirmed(20.0, 19.0, Confirmation("label", 3, 1)))
+    assert replica.snapshot._proof.at_s == 0.0
+    replica.handle(Received(20.1, [_changed(2, "a")]))
+    assert replica.snapshot._proof.at_s == 0.0, "the third revision is not here yet"
+    replica.handle(Received(20.2, [_changed(3, "a"), _changed(4, "b")]))
+    assert replica.snapshot._proof.at_s == 19.0, "from the sending of the question"
+
+
+def test_what_a_confirmation_found_must_add_up_when_it_comes() -> None:
+    replica = _following()
+    replica.handle(Confirmed(20.0, 19.0, Confirmation("label", 2, 7)))
+    assert isinstance(replica.handle(Received(20.1, [_changed(2, "b")])).step, List)

@@ -336,8 +336,6 @@ class Replica:
         # The authority is known to have this revision; the watch must bring it by then.
         self._expected: _Expected | None = None
         self._grace_s = GRACE_S
-        # What was the newest at a moment: (revision, entries, moment). Once it is applied, that moment is proved.
-        self._promised: tuple[int, int | None, float] | None = None
         self._notices: list[Notice] = []
         self._served: Snapshot = keyspace.snapshot
         self._changed: set[str] | None = set()
