@@ -7,6 +7,10 @@ uvicorn examples.fastapi_app:app --workers 2
 curl -X POST 'http://127.0.0.1:8000/checkout?items=60'   # 409: at most 50 items
 veltrix put checkout/max_items 80                        # in another terminal
 curl -X POST 'http://127.0.0.1:8000/checkout?items=60'   # 200, without a restart, from each worker
+
+On many hosts the code stays as it is:
+
+export VELTRIX_URL=etcd://h1:2379,h2:2379,h3:2379/shop VELTRIX_MIRROR_URL=redis://h4:6379/0
 """
 
 import os

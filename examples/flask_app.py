@@ -8,7 +8,9 @@
     veltrix put checkout/max_items 80                    # in another terminal
     curl -d items=60 http://127.0.0.1:5000/checkout      # 200, without a restart
 
-With `gunicorn -w 2 examples.flask_app:app` each worker sees the change by itself.
+With `gunicorn -w 2 examples.flask_app:app` each worker sees the change by itself. On many hosts only the URLs differ:
+
+    export VELTRIX_URL=etcd://h1:2379,h2:2379,h3:2379/shop VELTRIX_MIRROR_URL=redis://h4:6379/0
 """
 
 import os

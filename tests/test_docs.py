@@ -182,6 +182,22 @@ AROUND: Final[dict[str, tuple[str, str]]] = {
         ),
         "from starlette.testclient import TestClient\nassert TestClient(app).get('/').text == '50'",
     ),
+    "example": (
+        "",
+        (
+            "from fastapi.testclient import TestClient\n"
+            "with TestClient(app) as http:\n"
+            "    shown = http.get('/config').json()\n"
+            "assert (shown['checkout/max_items'], shown['origin'] in {'etcd', 'redis'}) == (50, True)"
+        ),
+    ),
+    "mirrored": (
+        "",
+        (
+            "from tests.support.waiting import wait_until\n"
+            "wait_until(lambda: client.mirror_state().position.revision == 4, 20, reason='the mirror has revision 4')"
+        ),
+    ),
     "tests": (
         "",
         "test_the_limit()\ntest_the_limit_again()\nTestTheLimit().test_of_the_class()\nTestTheLimit().test_of_its_own()",

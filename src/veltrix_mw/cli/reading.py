@@ -122,7 +122,9 @@ def _state(version: Version) -> str:
 
 
 def _time(time_s: float) -> str:
-    """Local time with its offset, to the second."""
+    """Local time with its offset, to the second; empty where nobody noted it, as with a write by etcdctl."""
+    if not time_s:
+        return ""
     try:
         return datetime.fromtimestamp(time_s, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
     except (ValueError, OverflowError, OSError):
