@@ -96,7 +96,7 @@ class _Wire(_DriverConnection):
 
     def __init__(self, sock: _Socket, **options: Any) -> None:
         self._given = sock
-        super().__init__(**options)
+        super().__init__(**options)  # type: ignore[no-untyped-call]
 
     def _connect(self) -> Any:
         return self._given
@@ -274,7 +274,7 @@ class RedisLink:
                 # An ACL may refuse a connection that introduces itself, and each such refusal is logged.
                 **({"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}),
             )
-            wire.connect()
+            wire.connect()  # type: ignore[no-untyped-call]
             connection = Connection(sock, wire)
             if self._password is None:
                 # A server that asks for a password hangs up on commands of more than ten words, and says nothing.
