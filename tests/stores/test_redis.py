@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -243,6 +244,21 @@ def test_another_history_put_beneath_an_open_watch_is_noticed_by_its_marks(
     watch.close()
 
 
+def test_a_revision_under_a_renewed_label_is_not_taken_for_the_next_one(
+    server: RedisServer, open_store: OpenStore
+) -> None:
+    """Revision and mark before it are the ones that were followed: only the label says that a restore was found."""
+    store = open_store(server)
+    put(store, "a", b"1")
+    position = here(store)
+    watch = store.watch(position, timeout_s=WITHIN_S)
+    store.renew_incarnation(position.incarnation, timeout_s=WITHIN_S)
+    put(store, "a", b"2")
+    with pytest.raises(Restored):
+        watch.next(WITHIN_S)
+    watch.close()
+
+
 def test_a_stream_of_another_time_than_the_entries_takes_no_write(server: RedisServer, open_store: OpenStore) -> None:
     store = open_store(server)
     put(store, "a", b"1")
@@ -442,6 +458,31 @@ def test_what_is_no_redis_is_said(open_store: OpenStore) -> None:
         answered.result(WITHIN_S)
 
 
+def test_a_call_ends_by_its_deadline_though_bytes_keep_coming(open_store: OpenStore) -> None:
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"$1000000\r\n")
+                while not done.wait(0.02):
+                    connection.sendall(b"x")
+
+        def call() -> None:
+            with pytest.raises(StoreUnavailable, match="did not answer within"):
+                open_store(listening.getsockname()[1]).list(timeout_s=0.3)
+
+        dripping = pool.submit(drip)
+        with ThreadPoolExecutor(1) as calling:
+            called = calling.submit(call)
+            try:
+                called.result(WITHIN_S)
+            finally:
+                done.set()
+        dripping.result(WITHIN_S)
+
+
 # --- who is let in
 
 
@@ -456,7 +497,7 @@ def test_credentials_that_are_wrong_are_said_and_never_shown(open_store: OpenSto
             store = open_store(server, **credentials)
             with pytest.raises(AuthFailed, match=said) as caught:
                 store.list(timeout_s=WITHIN_S)
-            shown = f"{caught.value!r} {caught.value.__cause__!r} {store.info}"
+            shown = f"{caught.value} {caught.value.__cause__} {store.info} {store._link!r}"
             assert "wr0ng" not in shown
             assert "s3cret" not in shown
 
@@ -684,10 +725,14 @@ def test_eager_entries_are_counted_also_where_the_stream_does_not_reach_back(
     assert lazy.confirm(position, timeout_s=WITHIN_S).count == 1
     put(writer, "b", b"1")
     assert lazy.confirm(here(writer), timeout_s=WITHIN_S).count == 2
+    put(writer, "b", b"2")
+    assert lazy.confirm(here(writer), timeout_s=WITHIN_S).count == 2
+    write(writer, RawOperation("b", MISSING), RawOperation("users/2", b"1"))
+    assert lazy.confirm(here(writer), timeout_s=WITHIN_S).count == 1
     for turn in range(5):
         put(writer, f"c{turn}", b"1")
     delete(writer, "users/1")
-    assert lazy.confirm(here(writer), timeout_s=WITHIN_S).count == 7
+    assert lazy.confirm(here(writer), timeout_s=WITHIN_S).count == 6
 
 
 # --- connections and forks
@@ -766,7 +811,8 @@ def test_connections_of_a_parent_that_forked_unseen_are_not_used(
     (inherited,) = store._link._idle
     monkeypatch.setattr(store._link, "_pid", 0)
     monkeypatch.setattr(inherited, "pid", 0)
-    assert entries(store) == {"a": (b"1", 1)}
+    with store._link.lock, ThreadPoolExecutor(1) as pool:  # which a thread of the parent held
+        assert pool.submit(entries, store).result(WITHIN_S) == {"a": (b"1", 1)}
     assert inherited not in store._link._idle
 
 

@@ -211,10 +211,13 @@ def test_values_are_copied_byte_for_byte_and_never_decoded(relay: Relay) -> None
     assert {key: raw for key, (raw, _) in listed(relay.mirror).items()} == odd
 
 
-def test_a_fill_replaces_all_there_was(relay: Relay) -> None:
+def test_a_fill_replaces_all_there_was(relay: Relay, server: RedisServer) -> None:
     authority = relay.authority
+    relay.write({"a": b"4"})
     authority.write({"a": MISSING, "d": b"4"})
     relay.fill(lazy=("tenants/", "users/"))
+    ((entry_id, fields),) = server.run("XRANGE", CHANGES, "-", "+")
+    assert (entry_id, fields[b"relist"]) == (f"{authority.position.revision}-0".encode(), b"1")
     assert listed(relay.mirror) == authority.state
     assert relay.mirror.state(timeout_s=WITHIN_S).lazy == ("tenants/", "users/")
 
@@ -347,6 +350,12 @@ def test_what_cannot_resume_lists_and_is_never_called_restored(relay: Relay, pos
     with pytest.raises(Compacted) as caught:
         relay.mirror.watch(position, timeout_s=WITHIN_S)
     assert not isinstance(caught.value, Restored)
+
+
+def test_the_newest_revision_with_another_mark_is_another_history(relay: Relay) -> None:
+    now = relay.authority.position
+    with pytest.raises(Compacted, match="is not the one that was followed"):
+        relay.mirror.watch(Position(now.incarnation, now.revision, "another"), timeout_s=WITHIN_S)
 
 
 def test_a_mirror_that_is_behind_is_said(relay: Relay) -> None:
@@ -729,6 +738,15 @@ def test_a_full_server_is_said_and_keeps_what_it_had(own_server: RedisServer, op
     assert listed(relay.mirror) == relay.authority.state
 
 
+def test_an_error_holds_no_value_though_the_server_quotes_it(open_mirror: OpenMirror) -> None:
+    with redis_server("--rename-command", "HSET", "") as server:
+        mirror = open_mirror(server)
+        listing = Listing(Position("one", 5, "m"), [("a", b"s3cret", 5)])
+        with pytest.raises(StoreError, match="does not know HSET") as caught:
+            mirror.fill(elected(mirror, "w1"), listing, digest=0, lazy=(), timeout_s=WITHIN_S)
+        assert "s3cret" not in f"{caught.value} {caught.value.__cause__}"
+
+
 def test_a_stopped_server_is_noticed(own_server: RedisServer, open_mirror: OpenMirror) -> None:
     relay = filled(open_mirror(own_server, timeout_s=0.5))
     watch = relay.mirror.watch(relay.authority.position, timeout_s=WITHIN_S)
@@ -789,6 +807,22 @@ def test_the_documented_acl_of_a_relay_is_enough(server: RedisServer, open_mirro
 # --- amid writes
 
 
+def test_what_is_written_between_two_pages_of_a_listing_is_replayed(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_reading, "_LIST_TRIALS", 1)
+    monkeypatch.setattr(redis_reading, "_FIRST_PAGE", 2)
+    read = redis_reading.pairs_of
+
+    def written_meanwhile(reply: Sequence[bytes]) -> list[tuple[str, bytes, int]]:
+        for turn in range(5):
+            relay.write({"a": b"%d" % turn, f"d{turn}": b"1", "b": MISSING if turn % 2 == 0 else b"2"})
+        return read(reply)
+
+    monkeypatch.setattr(redis_reading, "pairs_of", written_meanwhile)
+    assert listed(relay.mirror) == relay.authority.state
+
+
 def test_a_listing_amid_writes_and_fills_is_of_one_revision(
     relay: Relay, server: RedisServer, open_mirror: OpenMirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -845,24 +879,25 @@ def test_parent_and_child_each_read_and_watch_after_a_fork(relay: Relay) -> None
 
 
 def test_closing_a_watch_ends_its_next_and_leaves_no_connection(
-    own_server: RedisServer, open_mirror: OpenMirror
+    own_server: RedisServer, open_mirror: OpenMirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(redis_reading, "_BLOCK_S", 600)  # else it would end by itself
     relay = filled(open_mirror(own_server))
     watch = relay.mirror.watch(relay.authority.position, timeout_s=WITHIN_S)
-    begun = threading.Event()
+
+    def connections() -> int:
+        return len(own_server.run("CLIENT", "LIST").splitlines()) - 1
 
     def wait() -> None:
-        begun.set()
         with pytest.raises(StoreUnavailable, match="closed"):
             watch.next(600)
 
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(wait)
-        begun.wait(WITHIN_S)
-        relay.mirror.close()
-        waiting.result(WITHIN_S)
-
-    def connections() -> int:
-        return len(own_server.run("CLIENT", "LIST").splitlines()) - 1
-
-    wait_until(lambda: connections() == 0, WITHIN_S, reason="the server to have noticed")
+        try:
+            wait_until(lambda: b"cmd=xread" in own_server.run("CLIENT", "LIST"), WITHIN_S, reason="it to wait")
+            relay.mirror.close()
+            waiting.result(WITHIN_S)
+            wait_until(lambda: connections() == 0, WITHIN_S, reason="the server to have noticed")
+        finally:
+            own_server.kill()  # ends what the close did not

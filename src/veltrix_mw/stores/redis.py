@@ -155,11 +155,9 @@ class RedisStore:
         return Listing(listed.position, entries)
 
     def watch(self, position: Position, *, timeout_s: float) -> RedisWatch:
-        self._know(position)
         return self._reader.watch(position, timeout_s=timeout_s, patience_s=self._timeout_s / 2, lazy=self._lazy)
 
     def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
-        self._know(position)
         with self._link.session(timeout_s) as connection:
             meta = self._reader.check(connection, position)
             if meta is None:
@@ -250,11 +248,6 @@ class RedisStore:
         self._reader.close()
 
     # ---
-
-    def _know(self, position: Position) -> None:
-        """Who follows a history has seen it: this object may be a fresh one in a process that restarted."""
-        if position.incarnation and position.revision:
-            self._rules.was_there = True
 
     def _check_said(self, said: bytes, rest: Sequence[bytes]) -> None:
         """Raise unless a script did what it was to do."""
