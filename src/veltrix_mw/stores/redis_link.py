@@ -63,7 +63,7 @@ class _Socket:
         self._arm()
         try:
             self.raw.sendall(data)
-        except ConnectionError:
+        except (ConnectionError, ssl.SSLEOFError):  # which of them: a matter of the moment
             if isinstance(self.raw, ssl.SSLSocket):
                 self.raw.recv(1)  # the server may have said why it closed: that raises in place of this
             raise
