@@ -425,10 +425,31 @@ def test_the_age_is_since_the_authority_was_asked(relay: Relay) -> None:
     mirror.prove(relay.lease, relay.authority.position, asked_at_us=asked_us, timeout_s=WITHIN_S)
     for age_s in (mirror.state(timeout_s=WITHIN_S).age_s, mirror.list(timeout_s=WITHIN_S).age_s):
         assert 3 <= age_s < 3 + WITHIN_S
-    # An older question proves nothing newer, and a later revision takes nothing away.
-    mirror.prove(relay.lease, relay.authority.position, asked_at_us=asked_us - 60_000_000, timeout_s=WITHIN_S)
+    # A later revision takes nothing away.
     relay.write({"a": b"4"})
     assert mirror.state(timeout_s=WITHIN_S).age_s < 3 + 2 * WITHIN_S
+
+
+def test_a_proof_of_the_future_is_none_and_the_next_one_counts(relay: Relay, server: RedisServer) -> None:
+    """As where the server's clock was set back, or its dump was loaded by one whose clock is behind."""
+    mirror, position = relay.mirror, relay.authority.position
+    asked_us = mirror.clock(timeout_s=WITHIN_S)
+    server.run("HSET", ENTRIES, "#proved", asked_us + 3_600_000_000)
+    assert mirror.state(timeout_s=WITHIN_S).age_s == math.inf
+    mirror.prove(relay.lease, position, asked_at_us=asked_us, timeout_s=WITHIN_S)
+    assert mirror.state(timeout_s=WITHIN_S).age_s < WITHIN_S
+
+
+def test_a_lease_of_before_a_flush_is_not_the_one_of_the_same_holder_after_it(
+    relay: Relay, open_mirror: OpenMirror, server: RedisServer
+) -> None:
+    mirror, before = relay.mirror, relay.lease
+    server.run("FLUSHALL")
+    after, _, _ = open_mirror(server).elect(before.holder, ttl_s=WITHIN_S, timeout_s=WITHIN_S)
+    assert after is not None
+    assert after.token > before.token
+    with pytest.raises(LeaseLost):
+        mirror.keep(before, ttl_s=WITHIN_S, timeout_s=WITHIN_S)
 
 
 def test_nothing_is_proved_of_where_the_mirror_does_not_stand(relay: Relay) -> None:

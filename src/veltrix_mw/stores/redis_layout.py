@@ -157,8 +157,9 @@ def state_of(meta: Meta | None, now_us: int, lease: bytes | None) -> MirrorState
 
 
 def age_of(meta: Meta, now_us: int) -> float:
-    """How many seconds ago the authority was asked; inf if it never was."""
-    return float("inf") if meta.proved_us is None else max(0.0, (now_us - meta.proved_us) / 1e6)
+    """How many seconds ago the authority was asked; inf if it never was, or if the clock was set back since."""
+    age_s = float("inf") if meta.proved_us is None else (now_us - meta.proved_us) / 1e6
+    return age_s if age_s >= 0 else float("inf")
 
 
 # Entries
@@ -374,7 +375,9 @@ if held then
   end
   return {'held', held, left}
 end
-local last = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(meta[3] or '0'))
+-- At least the clock: a Redis that lost counter and meta must not give out a token that somebody still holds.
+local now = redis.call('TIME')
+local last = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(meta[3] or '0'), now[1] * 1e6 + now[2])
 local token = string.format('%.0f', last + 1)
 redis.call('SET', KEYS[2], token)
 redis.call('SET', KEYS[1], token .. ' ' .. ARGV[1], 'PX', ARGV[2])
@@ -459,8 +462,8 @@ if redis.call('HLEN', filling) ~= tonumber(ARGV[6]) then return {'torn'} end
 redis.call('HSET', filling, '#format', '1', '#kind', 'mirror', '#incarnation', ARGV[3], '#revision', ARGV[4],
   '#mark', ARGV[5], '#count', ARGV[6], '#digest', ARGV[7], '#lazy', ARGV[8], '#token', ARGV[2])
 redis.call('PERSIST', filling)
-redis.call('UNLINK', entries, changes)
 redis.call('RENAME', filling, entries)
+redis.call('UNLINK', changes)
 if ARGV[4] ~= '0' then
   redis.call('XADD', changes, ARGV[4] .. '-0', 'prev', ARGV[4] .. ' ' .. ARGV[5], 'incarnation', ARGV[3],
     'mark', ARGV[5], 'relist', '1')
@@ -472,11 +475,11 @@ return {'ok'}
 PROVE: Final = Script(
     """-- KEYS entries, lease; ARGV the lease, incarnation, revision, mark, microseconds
 if redis.call('GET', KEYS[2]) ~= ARGV[1] then return {'lost'} end
-local meta = redis.call('HMGET', KEYS[1], '#kind', '#incarnation', '#revision', '#mark', '#proved')
+local meta = redis.call('HMGET', KEYS[1], '#kind', '#incarnation', '#revision', '#mark')
 if meta[1] ~= 'mirror' or meta[2] ~= ARGV[2] or meta[3] ~= ARGV[3] or (ARGV[4] ~= '' and meta[4] ~= ARGV[4]) then
   return {'elsewhere'}
 end
-if tonumber(meta[5] or '-1') < tonumber(ARGV[5]) then redis.call('HSET', KEYS[1], '#proved', ARGV[5]) end
+redis.call('HSET', KEYS[1], '#proved', ARGV[5])
 return {'ok'}
 """
 )

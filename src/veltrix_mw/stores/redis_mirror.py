@@ -9,6 +9,7 @@ a relay that was stopped and comes back changes nothing, also where Redis lost l
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -193,7 +194,8 @@ class RedisMirror:
                 self._check_said(said, rest)
             except Exception:
                 if connection.is_sound:  # else it goes by itself
-                    connection.execute("UNLINK", filling)
+                    with contextlib.suppress(Exception):  # what is to be told is why the fill failed
+                        connection.execute("UNLINK", filling)
                 raise
 
     def append(
