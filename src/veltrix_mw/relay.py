@@ -334,6 +334,7 @@ class Relay:
         self._keep_at_s = 0.0
         self._failures = 0
         self._trouble_since_s: float | None = None  # since when the authority fails
+        self._aside_s = 0.0  # how long to stand aside, once resigned
         self._refills = 0  # since the mirror last took something
         self._notices: list[Notice] = []
         self._asked_at_us = 0
@@ -365,7 +366,7 @@ class Relay:
             case Kept():
                 return self._take_kept(event)
             case Written() if self._lease is None:
-                return Rest(STAND_ASIDE_S * self._random.uniform(0.5, 1.0))
+                return Rest(self._aside_s)  # it has resigned
             case Written():
                 return self._go_on(event.now_s)
             case Followed():
@@ -378,7 +379,6 @@ class Relay:
     def _take_election(self, event: Elected) -> RelayStep:
         self.holder, self.barred, self.error = event.holder, "", ""
         if event.lease is None:
-            self._failures = 0
             soonest_s = event.left_s + self._random.uniform(0, 0.3)
             return Rest(min(soonest_s, self._random.uniform(STAND_S / 2, STAND_S)))
         self._lease = event.lease
@@ -464,7 +464,7 @@ class Relay:
     def _take_kept(self, event: Kept) -> RelayStep:
         self._keep_at_s = event.now_s + KEEP_S
         if event.state.position == self._copy.position:
-            self._refills = 0
+            self._refills = self._failures = 0
         stands, copy = event.state.position, self._copy
         if not copy.queue and copy.position.incarnation and stands != copy.position:
             return self._fill_anew(event.now_s, "the mirror does not hold what was written to it")
@@ -474,19 +474,25 @@ class Relay:
         error = event.error
         if isinstance(error, Compacted) and self._lease is not None and self._replica is not None:
             return self._fill_anew(event.now_s, str(error))
-        if isinstance(error, AuthFailed) and self._lease is None:
-            self.barred = str(error)
-            return Rest(BARRED_S * self._random.uniform(0.8, 1.2))
-        self.error = str(error)
-        lost = isinstance(error, LeaseLost)
-        if self._lease is not None:
+        lease = self._lease
+        if lease is not None:
             self._notice("veltrix.relay_deposed", "warning", reason=str(error))
         self._stop_leading()
-        if lost:
+        self.error = str(error)
+        if isinstance(error, LeaseLost):
             return Rest(self._random.uniform(0, STAND_S))
-        most_s = min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2.0**self._failures)
-        self._failures = min(self._failures + 1, 16)
-        return Rest(self._random.uniform(0, most_s))
+        if isinstance(error, AuthFailed):
+            self.barred = str(error)
+            aside_s = BARRED_S * self._random.uniform(0.8, 1.2)
+        else:
+            most_s = min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2.0**self._failures)
+            self._failures = min(self._failures + 1, 16)
+            aside_s = self._random.uniform(0, most_s)
+        if lease is None:
+            return Rest(aside_s)
+        # What is given up can be taken at once, by us too; what is forgotten only once it has run out.
+        self._aside_s = aside_s
+        return Resign(lease)
 
     def _fill_anew(self, now_s: float, reason: str) -> RelayStep:
         self._copy.queue.clear()
@@ -503,6 +509,7 @@ class Relay:
         self._notice("veltrix.relay_resigned", "warning", reason=reason)
         self.error = reason
         self._stop_leading()
+        self._aside_s = STAND_ASIDE_S * self._random.uniform(0.5, 1.0)
         return Resign(lease)
 
     def _stop_leading(self) -> None:

@@ -20,7 +20,6 @@ from veltrix_mw.relay import (
     Relay,
     RelayDecision,
     RelayEvent,
-    Resign,
     Written,
 )
 from veltrix_mw.replica import Confirmed, Failed, Listed, Received, Watching
@@ -118,11 +117,10 @@ class ReportingRelay(Relay):
                 self._tell("restored", incarnation=notice.fields["incarnation"])
             elif notice.event in {"veltrix.mirror_refilled", "veltrix.relist"}:
                 self._why_filled = str(notice.fields["reason"])
-        match decision.step:
-            case Fill(_, listing, _):
-                self._filling = listing.position, len(listing.entries)
-            case Resign():
-                self._tell("resigned", reason=self.error)
+            elif notice.event == "veltrix.relay_resigned":
+                self._tell("resigned", reason=str(notice.fields["reason"]))
+        if isinstance(decision.step, Fill):
+            self._filling = decision.step.listing.position, len(decision.step.listing.entries)
 
     def _failed(self, tier: str, error: Exception) -> None:
         if isinstance(error, AuthFailed) and not self._let_in[tier]:

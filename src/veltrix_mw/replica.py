@@ -326,6 +326,8 @@ class Replica:
         self._renewing: str | None = None
         # Labels that were followed and given up for another: if one comes back, a backup brought it.
         self._left: deque[str] = deque(maxlen=64)
+        # A list was found to be needed, and none was taken since.
+        self._must_list = False
         # The history is known to be another one: the next listing is taken whatever its revision.
         self._take_any = False
         self._step: Step = List()
@@ -457,7 +459,7 @@ class Replica:
             if position.incarnation and not position.incarnation.endswith("?") and not self._take_any:
                 # Nobody minted it while we looked: a start from a file, and the store is another one.
                 self._notice("veltrix.restored", "warning", incarnation=found.incarnation, revision=found.revision)
-        self._take_any = False
+        self._take_any = self._must_list = False
         self._position = found
         self._changed = None
         self._expected = None
@@ -616,7 +618,7 @@ class Replica:
         """After a pause: watch on where we stood, or list if nothing was taken from the authority yet."""
         if self._renewing is not None:
             return Renew(self._renewing)
-        if self._position is None or self._take_any or self.snapshot.origin in {"disk", "none"}:
+        if self._position is None or self._take_any or self._must_list or self.snapshot.origin in {"disk", "none"}:
             return List()
         return OpenWatch(self._position)
 
@@ -631,6 +633,7 @@ class Replica:
     def _list_anew(self, reason: str) -> Step:
         first_write = self._position is not None and not self._position.incarnation
         self._notice("veltrix.relist", "info" if first_write else "warning", reason=reason)
+        self._must_list = True
         return List()
 
     def _back_off(self, error: StoreError) -> Step:

@@ -232,3 +232,15 @@ def test_a_mirror_that_was_just_filled_gets_the_time_to_be_proved() -> None:
     assert not tiers.is_leaving
     tiers.answered(state(6, age_s=math.inf), sent_at_s=110, now_s=110)
     assert tiers.choose(110 + LEAVE_WITHIN_S) is Tier.AUTHORITY
+
+
+def test_a_mirror_that_cannot_be_followed_is_left_and_left_alone_for_a_while_whatever_it_says() -> None:
+    tiers = following()
+    tiers.shun("its stream is another's", now_s=100)
+    assert tiers.choose(100 + LEAVE_WITHIN_S) is Tier.AUTHORITY
+    for now_s in (103, 130, 159):
+        tiers.answered(state(), sent_at_s=now_s, now_s=now_s)
+        assert not tiers.is_leaving
+    assert (tiers.fault_kind, tiers.fault) == ("unreachable", "its stream is another's")
+    tiers.answered(state(), sent_at_s=161, now_s=161)
+    assert tiers.choose(161 + RETURN_WITHIN_S) is Tier.MIRROR

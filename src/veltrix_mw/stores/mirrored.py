@@ -41,6 +41,9 @@ __all__ = ["MirroredStore"]
 LOOK_TIMEOUT_S: Final = 0.5
 """The most that a look at the mirror may keep the authority's changes waiting."""
 
+UNFOLLOWED_MOST: Final = 4
+"""Then a mirror that is well, by what it says, and cannot be followed all the same, is left."""
+
 FIRST_LOOK_TIMEOUT_S: Final = 1.0
 """What a start grants the mirror, before the authority is asked."""
 
@@ -68,6 +71,7 @@ class MirroredStore:
         self._lock = threading.Lock()
         self._tiers = self._new_tiers()
         self._served = False  # whether anything was listed by this process
+        self._unfollowed = 0  # how often in a row a mirror that is well could not be followed
         self._pid = os.getpid()
 
     def _new_tiers(self) -> Tiers:
@@ -99,9 +103,14 @@ class MirroredStore:
         sent_at_s = self._clock()
         try:
             listing = self.authority.list(timeout_s=max(0.1, deadline_s - sent_at_s))
-        except StoreUnavailable:
+        except Compacted:
+            raise
+        except StoreError as exc:
+            if self._served:
+                raise self._moved_back(exc) from exc
             # Nothing is served yet: what a mirror knew some time ago, and says how old it is, is better.
-            listing = None if self._served else self._list_of_mirror(timeout_s, needs_fresh=False)
+            left_s = max(FIRST_LOOK_TIMEOUT_S, deadline_s - self._clock())
+            listing = self._list_of_mirror(left_s, needs_fresh=False)
             if listing is None:
                 raise
             return listing
@@ -116,7 +125,12 @@ class MirroredStore:
                 self._tiers.leave_at_once(self._clock())  # nothing was written yet, so no mirror has anything
         self._stands(position, -math.inf)
         if self._chosen() is Tier.AUTHORITY:
-            return _AuthorityWatch(self, self.authority.watch(position, timeout_s=timeout_s))
+            try:
+                return _AuthorityWatch(self, self.authority.watch(position, timeout_s=timeout_s))
+            except Compacted:
+                raise
+            except StoreError as exc:
+                raise self._moved_back(exc) from exc
         try:
             return _MirrorWatch(self, self.mirror.watch(position, timeout_s=timeout_s))
         except StoreError as exc:
@@ -231,12 +245,29 @@ class MirroredStore:
             self._tiers.answered(state, sent_at_s=sent_at_s, now_s=self._clock())
         return state
 
+    def _moved_back(self, error: StoreError) -> StoreError:
+        """What to raise where the authority failed: no watch is open there that would look at the mirror."""
+        with self._lock:
+            looking = self._tiers.is_looking_due(self._clock())
+        if looking:
+            self._ask_mirror(LOOK_TIMEOUT_S)
+        with self._lock:
+            leaving, after_s = self._tiers.is_leaving, self._tiers.next_move_s(self._clock())
+        if not leaving or self._tiers.current is Tier.MIRROR:
+            return error
+        return Moved(f"the mirror is well, and followed while the authority is not: {error}", after_s=after_s)
+
     def _left_mirror(self, error: StoreError) -> StoreError:
         """What to raise where the mirror failed as it was followed."""
         if isinstance(error, Compacted):
             return Compacted(str(error))  # list again, of whichever tier; never a verdict on the authority's history
         if self._ask_mirror(LOOK_TIMEOUT_S) is not None:
             with self._lock:
+                if not self._tiers.fault:
+                    self._unfollowed += 1
+                    if isinstance(error, AuthFailed) or self._unfollowed >= UNFOLLOWED_MOST:
+                        self._unfollowed = 0
+                        self._tiers.shun(f"it cannot be followed: {error}", now_s=self._clock())
                 if not self._tiers.is_leaving:
                     # It answers, so its relay may fill it within moments; the authority need not see everybody.
                     return StoreUnavailable(f"the mirror cannot be followed: {self._tiers.fault or error}")
@@ -298,6 +329,7 @@ class _MirrorWatch:
             batches = self._watch.next(min(timeout_s, left_s))
         except StoreError as exc:
             raise store._left_mirror(exc) from exc
+        store._unfollowed = 0
         if not batches:
             return batches
         store._stands(batches[-1].position, -math.inf)

@@ -36,6 +36,9 @@ LOOK_EVERY_S: Final = 2.0
 LOOK_MOST_S: Final = 5.0
 """... and while it does not answer: each look may keep changes waiting for as long as it takes to fail."""
 
+SHUN_S: Final = 60.0
+"""How long a mirror that cannot be followed is left alone: what is wrong with it takes somebody to mend."""
+
 _OF_THE_PAST: Final = "it holds an incarnation that the authority has left"
 
 
@@ -56,6 +59,7 @@ class Tiers:
         self._lazy = tuple(lazy)
         self._random = Random() if random is None else random
         self.current = Tier.MIRROR
+        self._shunned = "", -math.inf  # why the mirror is not followed whatever it says, and until when
         self.moves = 0
         # What the mirror last said, and what is wrong with it: '' while it is well.
         self.mirror: MirrorState | None = None
@@ -120,6 +124,11 @@ class Tiers:
         self._looks_failed = min(self._looks_failed + 1, 8)
         most_s = min(LOOK_MOST_S, LOOK_EVERY_S * 2.0 ** (self._looks_failed - 1))
         self._look_at_s = now_s + most_s * self._random.uniform(0.8, 1.2)
+        self._faulty("unreachable", reason, 0.0, now_s)
+
+    def shun(self, reason: str, *, now_s: float) -> None:
+        """The mirror says that it is well, and cannot be followed: what it says counts for nothing for a while."""
+        self._shunned = reason, now_s + SHUN_S
         self._faulty("unreachable", reason, 0.0, now_s)
 
     # What to do
@@ -195,6 +204,8 @@ class Tiers:
 
     def _judged(self, state: MirrorState, sent_at_s: float) -> tuple[str, str, float]:
         """What is wrong with the mirror: of which kind, in words, and for how long that is put up with (s)."""
+        if sent_at_s < self._shunned[1]:
+            return "unreachable", self._shunned[0], 0.0
         why = self.refuses(state, sent_at_s=sent_at_s)
         if why:
             covered = set(state.lazy) <= set(self._lazy)

@@ -1,0 +1,140 @@
+"""How a mirrored store moves between its tiers, with scripted ones: which is asked, and when, as time is a number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+
+from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
+from veltrix_mw.protocols import Batch, Confirmation, Limits, Listing, MirrorState, Moved, Position, StoreInfo, Watch
+from veltrix_mw.stores.mirrored import UNFOLLOWED_MOST, MirroredStore
+from veltrix_mw.stores.tiers import Tier
+
+HERE = Position("one", 5, "mark-5")
+
+
+class Quiet:
+    """A watch that brings nothing."""
+
+    def next(self, timeout_s: float) -> Sequence[Batch]:
+        return ()
+
+    def close(self) -> None:
+        return None
+
+
+class Scripted:
+    """A tier that answers, or fails with what it is told to."""
+
+    def __init__(self, origin: str) -> None:
+        self.info = StoreInfo(origin, f"{origin}://there", "shop", Limits(max_value_bytes=1))
+        self.fails: StoreError | None = None
+        self.watch_fails: StoreError | None = None
+        self.asked: list[str] = []
+
+    def _ask(self, what: str) -> None:
+        self.asked.append(what)
+        if self.fails is not None:
+            raise self.fails
+
+    def list(self, *, timeout_s: float) -> Listing:
+        self._ask("list")
+        return Listing(HERE, [], origin=self.info.origin)
+
+    def watch(self, position: Position, *, timeout_s: float) -> Watch:
+        self._ask("watch")
+        if self.watch_fails is not None:
+            raise self.watch_fails
+        return Quiet()
+
+    def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
+        self._ask("confirm")
+        return Confirmation(HERE.incarnation, HERE.revision, 0)
+
+    def state(self, *, timeout_s: float) -> MirrorState:
+        self._ask("state")
+        return MirrorState(HERE, age_s=1.0)
+
+
+class Rig:
+    """A mirrored store over two scripted tiers, and its clock."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.authority, self.mirror = Scripted("etcd"), Scripted("redis")
+        self.store = MirroredStore(
+            self.authority,  # type: ignore[arg-type]  # what is not scripted is not called
+            self.mirror,  # type: ignore[arg-type]
+            random=Random(0),
+            clock=lambda: self.now_s,
+        )
+
+    def at_authority(self) -> None:
+        """List of the mirror, then lose it."""
+        self.store.list(timeout_s=1)
+        self.mirror.fails = StoreUnavailable("gone")
+        with pytest.raises(Moved) as moved:
+            self.store.watch(HERE, timeout_s=1)
+        self.now_s += moved.value.after_s
+        self.store.watch(HERE, timeout_s=1)
+        assert self.store.tiers.current is Tier.AUTHORITY
+
+
+@pytest.mark.parametrize("call", ["watch", "list"])
+@pytest.mark.parametrize("error", [StoreUnavailable("no route"), AuthFailed("another password")])
+def test_a_worker_that_loses_its_authority_too_comes_back_to_a_mirror_that_is_well(
+    call: str, error: StoreError
+) -> None:
+    rig = Rig()
+    rig.at_authority()
+    rig.authority.fails, rig.mirror.fails = error, None
+    for _ in range(100):
+        rig.now_s += 1
+        try:
+            if call == "watch":
+                rig.store.watch(HERE, timeout_s=1)
+            else:
+                rig.store.list(timeout_s=1)
+        except Moved as moved:
+            rig.now_s += moved.after_s
+            break
+        except StoreError as exc:
+            assert exc is error  # noqa: PT017  # while the mirror is not looked at yet
+    rig.store.watch(HERE, timeout_s=1)
+    assert rig.store.tiers.current is Tier.MIRROR
+
+
+def test_an_authority_that_fails_beside_a_mirror_that_is_away_is_told_as_it_is() -> None:
+    rig = Rig()
+    rig.at_authority()
+    rig.authority.fails = StoreUnavailable("no route")
+    for _ in range(20):
+        rig.now_s += 1
+        with pytest.raises(StoreUnavailable, match="no route"):
+            rig.store.watch(HERE, timeout_s=1)
+    assert rig.mirror.asked[-1] == "state"
+
+
+def test_a_mirror_that_says_it_is_well_and_cannot_be_followed_is_left() -> None:
+    rig = Rig()
+    rig.store.list(timeout_s=1)
+    rig.mirror.watch_fails = StoreError("its stream is another's")
+    for _ in range(UNFOLLOWED_MOST - 1):
+        with pytest.raises(StoreUnavailable) as caught:
+            rig.store.watch(HERE, timeout_s=1)
+        assert not isinstance(caught.value, Moved)
+    with pytest.raises(Moved) as moved:
+        rig.store.watch(HERE, timeout_s=1)
+    rig.now_s += moved.value.after_s
+    rig.store.watch(HERE, timeout_s=1)
+    assert rig.store.tiers.current is Tier.AUTHORITY
+
+
+def test_a_mirror_that_does_not_let_this_process_follow_is_left_at_once() -> None:
+    rig = Rig()
+    rig.store.list(timeout_s=1)
+    rig.mirror.watch_fails = AuthFailed("the ACL lacks +xread")
+    with pytest.raises(Moved, match="xread"):
+        rig.store.watch(HERE, timeout_s=1)
