@@ -262,6 +262,22 @@ def test_an_incarnation_is_minted_where_none_is_stored(
     assert store.renew_incarnation(known, timeout_s=WITHIN_S) == minted, "one is stored now"
 
 
+def test_who_took_over_at_a_deletion_by_etcdctl_is_not_ahead_once_that_is_compacted(
+    server: EtcdCluster, name: str, open_store: OpenStore
+) -> None:
+    """As a relay that begins where the mirror stands, or a worker that leaves the mirror: neither saw it itself."""
+    store = open_store(server, name)
+    put(store, "kept", b"1")
+    put(store, "gone", b"1")
+    gone = one(watch_from(store, here(store)), server.delete(f"{name}/gone")).position
+    server.put("another/namespace", "1")
+    server.compact(server.revision())
+    taken_over = open_store(server, name)
+    taken_over.watch(gone, timeout_s=WITHIN_S).close()
+    assert here(taken_over) == gone
+    assert set(entries(taken_over)) == {"kept"}
+
+
 def test_a_label_that_someone_deleted_is_noticed_and_minted_anew(
     shared: EtcdCluster, name: str, open_store: OpenStore
 ) -> None:

@@ -211,7 +211,7 @@ class EtcdStore:
         self._check_label(position, label, answer.header.cluster_id)
         newest = max(applied, change.revision if change else 0, self._newest_of(found, newer, deadline_s))
         if newest > applied:
-            self._verified(position, deadline_s)
+            self._verified(position, deadline_s, may_confirm=False)
         else:
             self._check_mark(position, change, others[-1] if _is_foreign(position) else None)
             witness.remember(position, answer.header.revision, epoch)
@@ -401,7 +401,7 @@ class EtcdStore:
 
     # --- positions
 
-    def _verified(self, position: Position, deadline_s: float) -> _Verified:
+    def _verified(self, position: Position, deadline_s: float, *, may_confirm: bool = True) -> _Verified:
         """Find `position` in the history. Raises `Restored` where it is not there, `Compacted` where nobody knows."""
         applied, space = position.revision, self._space
         at = max(1, applied)
@@ -413,6 +413,9 @@ class EtcdStore:
         except FutureRevision as exc:
             raise self._restored(f"revision {applied} is not in etcd any more") from exc
         except Compacted:
+            # A deletion by others cannot be listed: who stands at one would seem to be ahead of what a list shows.
+            if may_confirm and position.fingerprint == foreign_mark(()) and not self._witness.complete_to(position):
+                self.confirm(position, timeout_s=max(0.0, deadline_s - time.monotonic()))
             return self._verified_by_memory(position, deadline_s)
         self._witness.check()
         label, change = _text(answer.ranges[0]), _change(answer.ranges[1])
