@@ -172,6 +172,16 @@ def with_tiers(kind: type[Tiers]) -> type[MirroredStore]:
 # The mirrored store's
 
 
+def vouching_for_all(kind: type[Tiers]) -> type[MirroredStore]:
+    """With the other defence off: the authority is not asked whose incarnation a mirror holds."""
+
+    class Credulous(with_tiers(kind)):  # type: ignore[misc]
+        def _is_vouched_for(self, position: Position) -> bool:
+            return True
+
+    return Credulous
+
+
 class IgnoresTheRelaysAge(MirroredStore):
     """Counts the age from when the mirror was asked."""
 
@@ -273,7 +283,7 @@ MUTANTS: dict[str, Kinds] = {
     "a worker does not come back to the mirror": Kinds(store=with_tiers(NeverComesBack)),
     "a worker stays with a mirror that nobody feeds": Kinds(store=with_tiers(NeverLeavesAStaleMirror)),
     "a worker believes a mirror that is behind": Kinds(store=with_tiers(BelievesAMirrorThatIsBehind)),
-    "a worker believes a mirror of a left incarnation": Kinds(store=with_tiers(BelievesALeftIncarnation)),
+    "a worker believes a mirror of a left incarnation": Kinds(store=vouching_for_all(BelievesALeftIncarnation)),
     "a worker holds on to a revision that was restored away": Kinds(store=with_tiers(KeepsItsFloor)),
     "a worker ages from asking the mirror": Kinds(store=IgnoresTheRelaysAge),
     "a worker takes the mirror's listing for new": Kinds(store=ListsAsIfItWereNew),

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from random import Random
 
 import pytest
 
 from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
-from veltrix_mw.protocols import Batch, Confirmation, Limits, Listing, MirrorState, Moved, Position, StoreInfo, Watch
+from veltrix_mw.protocols import (
+    Batch,
+    Confirmation,
+    Limits,
+    Listing,
+    MirrorState,
+    Moved,
+    Position,
+    Restored,
+    StoreInfo,
+    Watch,
+)
 from veltrix_mw.stores.mirrored import UNFOLLOWED_MOST, MirroredStore
 from veltrix_mw.stores.tiers import Tier
 
@@ -32,6 +44,7 @@ class Scripted:
         self.info = StoreInfo(origin, f"{origin}://there", "shop", Limits(max_value_bytes=1))
         self.fails: StoreError | None = None
         self.watch_fails: StoreError | None = None
+        self.stands = HERE
         self.asked: list[str] = []
 
     def _ask(self, what: str) -> None:
@@ -41,7 +54,7 @@ class Scripted:
 
     def list(self, *, timeout_s: float) -> Listing:
         self._ask("list")
-        return Listing(HERE, [], origin=self.info.origin)
+        return Listing(self.stands, [], origin=self.info.origin)
 
     def watch(self, position: Position, *, timeout_s: float) -> Watch:
         self._ask("watch")
@@ -51,11 +64,13 @@ class Scripted:
 
     def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
         self._ask("confirm")
-        return Confirmation(HERE.incarnation, HERE.revision, 0)
+        if position.incarnation != self.stands.incarnation:
+            raise Restored("another incarnation")
+        return Confirmation(self.stands.incarnation, self.stands.revision, 0)
 
     def state(self, *, timeout_s: float) -> MirrorState:
         self._ask("state")
-        return MirrorState(HERE, age_s=1.0)
+        return MirrorState(self.stands, age_s=1.0)
 
 
 class Rig:
@@ -138,3 +153,37 @@ def test_a_mirror_that_does_not_let_this_process_follow_is_left_at_once() -> Non
     rig.mirror.watch_fails = AuthFailed("the ACL lacks +xread")
     with pytest.raises(Moved, match="xread"):
         rig.store.watch(HERE, timeout_s=1)
+
+
+def test_a_mirror_that_another_authority_s_relay_has_filled_is_left_for_the_authority() -> None:
+    rig = Rig()
+    rig.store.list(timeout_s=1)
+    rig.mirror.stands = Position("staging", 9, "mark-9")
+    rig.now_s += 10
+    with pytest.raises(Moved, match="does not have") as moved:
+        rig.store.list(timeout_s=1)
+    rig.now_s += moved.value.after_s
+    assert rig.store.list(timeout_s=1).position == HERE
+    for _ in range(100):
+        rig.now_s += 1
+        with contextlib.suppress(Moved):
+            rig.store.watch(HERE, timeout_s=1).next(0)
+    assert rig.store.tiers.current is Tier.AUTHORITY
+
+
+def test_a_new_incarnation_that_the_authority_has_too_is_taken_from_the_mirror() -> None:
+    rig = Rig()
+    rig.store.list(timeout_s=1)
+    rig.mirror.stands = rig.authority.stands = Position("two", 3, "mark-3")
+    rig.now_s += 10
+    listing = rig.store.list(timeout_s=1)
+    assert (listing.position, listing.origin) == (rig.mirror.stands, "redis")
+
+
+def test_a_new_incarnation_is_taken_from_the_mirror_where_the_authority_does_not_answer() -> None:
+    rig = Rig()
+    rig.store.list(timeout_s=1)
+    rig.mirror.stands = Position("two", 3, "mark-3")
+    rig.authority.fails = StoreUnavailable("no route")
+    rig.now_s += 10
+    assert rig.store.list(timeout_s=1).position == rig.mirror.stands

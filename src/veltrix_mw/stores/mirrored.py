@@ -44,6 +44,9 @@ LOOK_TIMEOUT_S: Final = 0.5
 UNFOLLOWED_MOST: Final = 4
 """Then a mirror that is well, by what it says, and cannot be followed all the same, is left."""
 
+DISOWNED_S: Final = 5.0
+"""How long a mirror is not listened to whose incarnation the authority does not have: until that is followed."""
+
 FIRST_LOOK_TIMEOUT_S: Final = 1.0
 """What a start grants the mirror, before the authority is asked."""
 
@@ -216,7 +219,8 @@ class MirroredStore:
             return None
         with self._lock:
             usable = not self._tiers.fault if needs_fresh else not self._tiers.refuses(state, sent_at_s=sent_at_s)
-        if not usable:
+            is_new = self._tiers.is_new(state.position)
+        if not usable or (is_new and not self._is_vouched_for(state.position)):
             return None
         try:
             listing = self.mirror.list(timeout_s=timeout_s)
@@ -232,6 +236,27 @@ class MirroredStore:
         if self._is_alike(state):
             return listing
         return replace(listing, entries=[entry for entry in listing.entries if self._is_eager(entry[0])])
+
+    def _is_vouched_for(self, position: Position) -> bool:
+        """Whether the authority does not say that a mirror's new incarnation is none of its own.
+
+        A mirror cannot tell whose it is: a relay of another authority may have won the lease. Where the authority does
+        not answer, the mirror is believed: there may be workers that reach nothing else.
+        """
+        try:
+            incarnation = self.authority.confirm(position, timeout_s=FIRST_LOOK_TIMEOUT_S).incarnation
+        except Compacted:  # or `Restored`: the authority does not know such a history, or no longer
+            incarnation = ""
+        except StoreError:
+            return True
+        if incarnation == position.incarnation:
+            return True
+        with self._lock:
+            # Only until the authority is followed: there, a mirror of another incarnation is not gone back to.
+            self._tiers.shun(
+                "it holds an incarnation that the authority does not have", now_s=self._clock(), for_s=DISOWNED_S
+            )
+        return False
 
     def _ask_mirror(self, timeout_s: float) -> MirrorState | None:
         """Where the mirror stands, told to the tiers; None where it does not say."""

@@ -126,10 +126,15 @@ class Tiers:
         self._look_at_s = now_s + most_s * self._random.uniform(0.8, 1.2)
         self._faulty("unreachable", reason, 0.0, now_s)
 
-    def shun(self, reason: str, *, now_s: float) -> None:
-        """The mirror says that it is well, and cannot be followed: what it says counts for nothing for a while."""
-        self._shunned = reason, now_s + SHUN_S
+    def shun(self, reason: str, *, now_s: float, for_s: float = SHUN_S) -> None:
+        """The mirror says that it is well, and is not: what it says counts for nothing for a while."""
+        self._shunned = reason, now_s + for_s
         self._faulty("unreachable", reason, 0.0, now_s)
+
+    def is_new(self, position: Position) -> bool:
+        """Whether it is of another incarnation than the one this process knows of the authority."""
+        floor = self._floor
+        return floor is not None and bool(floor.incarnation) and floor.incarnation != position.incarnation
 
     # What to do
 
@@ -215,8 +220,7 @@ class Tiers:
             return "stale", "its relay asked the authority never", STALE_AFTER_S
         if state.age_s > STALE_AFTER_S:
             return "stale", f"its relay asked the authority {state.age_s:.0f} s ago", 0.0
-        floor = self._floor
-        if self.current is Tier.AUTHORITY and floor is not None and floor.incarnation != state.position.incarnation:
+        if self.current is Tier.AUTHORITY and self.is_new(state.position):
             return "behind", "it holds another incarnation than the authority", 0.0
         return "", "", 0.0
 
