@@ -939,10 +939,16 @@ def test_a_cold_start_on_sqlite_does_nothing_on_the_loop_that_blocks(tmp_path: P
 
 
 class AwayStore(MemoryStore):
-    """A store that cannot be reached."""
+    """A store that cannot be reached until it is `there`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there = threading.Event()
 
     def list(self, *, timeout_s: float) -> Listing:
-        raise StoreUnavailable("away")
+        if not self.there.is_set():
+            raise StoreUnavailable("away")
+        return super().list(timeout_s=timeout_s)
 
 
 def test_a_store_that_is_away_delays_the_first_requests_once_and_fails_none(
@@ -1001,10 +1007,9 @@ def test_a_client_that_becomes_ready_later_is_served_without_a_new_start(tmp_pat
         client.close()
 
 
-def test_requests_that_were_cancelled_while_they_waited_harm_nobody(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    client = ConfigClient(f"sqlite:///{tmp_path / 'config.db'}", start_timeout_s=20)
+def test_requests_that_were_cancelled_while_they_waited_harm_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    store = AwayStore()
+    client = ConfigClient(store, start_timeout_s=20)
     wrapped = ConfigMiddleware(ok, client=client)
 
     async def main() -> None:
@@ -1015,7 +1020,7 @@ def test_requests_that_were_cancelled_while_they_waited_harm_nobody(
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        await client.aput("checkout/max_items", 41)
+        store.there.set()
         start, _ = await waiting
         assert start["status"] == 200
 
@@ -1026,20 +1031,20 @@ def test_requests_that_were_cancelled_while_they_waited_harm_nobody(
     assert [record for record in caplog.records if record.name in {"asyncio", "concurrent.futures"}] == []
 
 
-def test_a_loop_that_closed_while_its_request_waited_is_not_woken(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    client = ConfigClient(f"sqlite:///{tmp_path / 'config.db'}", start_timeout_s=20)
+def test_a_loop_that_closed_while_its_request_waited_is_not_woken(caplog: pytest.LogCaptureFixture) -> None:
+    store = AwayStore()
+    client = ConfigClient(store, start_timeout_s=20)
 
     async def main() -> None:
         request = asyncio.create_task(Server().run(ConfigMiddleware(ok, client=client), http()))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
+        assert not request.done()
         request.cancel()
 
     try:
         asyncio.run(main())
-        client.put("checkout/max_items", 41)
+        store.there.set()
         client.wait_ready(10)
     finally:
         client.close()

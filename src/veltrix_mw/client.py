@@ -331,8 +331,8 @@ class ConfigClient:
         """Be the mirror's relay, or stand by, in a background thread until `close`; for `veltrix relay`.
 
         `report(event, fields)` is called on that thread with each turn of events, which `ReportingRelay` names. Waits
-        for servers that are away. Raises `SettingsError` without a mirror that can be written, `AuthFailed` where the
-        authority refuses the credentials.
+        for servers that are away. Raises `SettingsError` without a mirror that can be written, or where this client
+        stands for election already; `AuthFailed` where the authority refuses the credentials.
         """
         from veltrix_mw.follower import CALL_TIMEOUT_S
         from veltrix_mw.protocols import Position
@@ -341,6 +341,10 @@ class ConfigClient:
 
         if self._mirror is None or not can_be_fed(self._mirror):
             raise SettingsError("a relay feeds a mirror: name it, as redis://h:6379/0, or set VELTRIX_MIRROR_URL")
+        if self._relay is not None:
+            raise SettingsError(
+                "this client stands for election already; make one with relay='never', and do not start it"
+            )
         try:
             # A relay that stands by asks nothing of the authority: without this it would fail when it is needed.
             self._authority.confirm(Position("", 0), timeout_s=CALL_TIMEOUT_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -13,6 +14,7 @@ from tests.cli.conftest import Running, Shell
 from tests.support.etcd_servers import etcd
 from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.waiting import wait_until
+from veltrix_mw import ConfigClient, SettingsError
 
 Put = Callable[[str, Any], int]
 
@@ -190,3 +192,13 @@ def test_lazy_is_a_list_of_prefixes_before_or_after_the_verb(shell: Shell, put: 
         relay.until("refilled: revision 3, entries 2 (it left out a/, b/: other prefixes than this relay's)")
     done = shell.run("relay", *options(redis), "--lazy", "a")
     assert (done.code, done.out) == (2, "")
+
+
+def test_a_client_that_stands_for_election_does_not_feed_beside_it(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/config.db"
+    with (
+        redis_server() as redis,
+        ConfigClient(url, mirror=f"redis://127.0.0.1:{redis.port}/0") as client,
+        pytest.raises(SettingsError, match="already"),
+    ):
+        client.feed(lambda event, fields: None)
