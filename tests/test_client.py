@@ -641,12 +641,13 @@ def test_a_closed_client_stays_closed_until_the_caller_starts_it(client: ConfigC
 
 def test_a_forked_child_waits_for_its_own_first_list(url: str) -> None:
     """The parent found no store and gave up; the child is a life of its own."""
-    client = ConfigClient(url, start_timeout_s=0.2)
+    client = ConfigClient(url, start_timeout_s=0.01)
     with client.pinned() as view, pytest.raises(NotReady):
         view["first"]
     other = ConfigClient(url)
     other.put("first", 1)
     other.close()
+    client.start_timeout_s = 20  # enough for a slow machine; the parent's own time is over
 
     def in_the_child() -> Any:
         with client.pinned() as view:
