@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from random import Random
 
+from veltrix_mw.errors import Compacted
 from veltrix_mw.keyspace import Keyspace
 from veltrix_mw.protocols import Batch, Confirmation, Listing, Position, RawChange
 from veltrix_mw.replica import (
+    BACKOFF_MOST_S,
     GRACE_MOST_S,
     GRACE_S,
+    RELIST_WITHIN_S,
     Begun,
     Confirm,
     Confirmed,
+    Failed,
     List,
     Listed,
     Next,
     OpenWatch,
     Received,
     Replica,
+    Sleep,
+    Slept,
     Watching,
 )
 from veltrix_mw.validation import Schemas
@@ -25,8 +31,8 @@ from veltrix_mw.validation import Schemas
 AT = Position("label", 1, "mark")
 
 
-def _following() -> Replica:
-    replica = Replica(Keyspace(Schemas({}, layers=(), defaults={})), origin="etcd", random=Random(1))
+def _following(seed: int = 1) -> Replica:
+    replica = Replica(Keyspace(Schemas({}, layers=(), defaults={})), origin="etcd", random=Random(seed))
     replica.handle(Begun(0.0))
     replica.handle(Listed(0.0, 0.0, Listing(AT, [("a", b"1", 1)])))
     replica.handle(Watching(0.0))
@@ -91,4 +97,32 @@ def test_a_namespace_that_is_written_all_the_time_is_confirmed_all_the_same() ->
 def test_what_a_confirmation_found_must_add_up_when_it_comes() -> None:
     replica = _following()
     replica.handle(Confirmed(20.0, 19.0, Confirmation("label", 2, 7)))
-    assert isinstance(replica.handle(Received(20.1, [_changed(2, "b")])).step, List)
+    replica.handle(Received(20.1, [_changed(2, "b")]))
+    assert isinstance(replica.handle(Slept(20.6)).step, List)
+
+
+def test_a_fleet_that_must_list_anew_does_so_spread_and_less_and_less_often_until_a_list_is_proved() -> None:
+    def patience_s(replica: Replica) -> float:
+        step = replica.handle(Failed(20.0, Compacted("compacted"))).step
+        assert isinstance(step, Sleep)
+        assert isinstance(replica.handle(Slept(20.0)).step, List)
+        replica.handle(Listed(20.0, 20.0, Listing(AT, [("a", b"1", 1)])))
+        replica.handle(Watching(20.0))
+        return step.delay_s
+
+    fleet = [_following(seed) for seed in range(200)]
+    for most_s in (RELIST_WITHIN_S, 2 * RELIST_WITHIN_S, 4 * RELIST_WITHIN_S, BACKOFF_MOST_S, BACKOFF_MOST_S):
+        spread = [patience_s(replica) for replica in fleet]
+        assert min(spread) < 0.1 * most_s
+        assert 0.9 * most_s < max(spread) <= most_s
+    for replica in fleet:
+        replica.handle(Confirmed(30.0, 30.0, Confirmation("label", 1, 1)))
+    assert max(patience_s(replica) for replica in fleet) <= RELIST_WITHIN_S
+
+
+def test_what_lists_for_the_first_time_lists_at_once() -> None:
+    replica = Replica(Keyspace(Schemas({}, layers=(), defaults={})), origin="etcd", random=Random(1))
+    assert isinstance(replica.handle(Begun(0.0)).step, List)
+    replica.handle(Listed(0.0, 0.0, Listing(Position("", 0), [])))
+    replica.handle(Watching(0.0))
+    assert isinstance(replica.handle(Failed(1.0, Compacted("the first write"))).step, List)

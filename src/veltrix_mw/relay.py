@@ -396,6 +396,7 @@ class Relay:
             random=self._random,
             confirm_interval_s=self._confirm_interval_s,
             confirm_at_most_s=CONFIRM_AT_MOST_S,
+            relist_within_s=_BACKOFF_FIRST_S,  # it lists alone, and a fleet waits for it
         )
         if event.position.incarnation and set(event.state.lazy) == set(self._lazy):
             self._copy.begin(event.position, event.revisions)

@@ -71,6 +71,9 @@ GRACE_MOST_S: Final = 8.0
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_MOST_S: Final = 5.0
 
+RELIST_WITHIN_S: Final = 1.0
+"""What makes one worker list anew, such as a compaction or a restore, makes a fleet do so: spread over this time."""
+
 CONFIRM_BACKOFF_FIRST_S: Final = 1.0
 """The watch goes on meanwhile: a confirmation that fails is less urgent than a list."""
 
@@ -312,12 +315,14 @@ class Replica:
         random: Random | None = None,
         confirm_interval_s: float = CONFIRM_INTERVAL_S,
         confirm_at_most_s: float = math.inf,
+        relist_within_s: float = RELIST_WITHIN_S,
     ) -> None:
         self._keyspace = keyspace
         self._origin = origin
         self._random = Random() if random is None else random
         self._confirm_interval_s = confirm_interval_s
         self._confirm_at_most_s = confirm_at_most_s
+        self._relist_within_s = relist_within_s
         # Where we stand in the authority's history; None until something was taken.
         self._position: Position | None = None
         # The incarnation we serve under, where the authority's own label cannot be renewed: (its label, ours).
@@ -332,6 +337,7 @@ class Replica:
         self._take_any = False
         self._step: Step = List()
         self._failures = 0
+        self._relists = 0  # lists that were needed anew since what is held was last proved
         self._unconfirmed = 0  # confirmations that failed in a row
         self._confirm_at_s = 0.0
         self._confirm_costs: deque[float] = deque(maxlen=3)
@@ -407,10 +413,10 @@ class Replica:
             case Renewed():
                 self._renewing = None
                 if self._position is not None and event.incarnation == self._position.incarnation:
-                    return List()  # the authority stands where we do: a stale tier looked like a restore
+                    return self._list_soon()  # the authority stands where we do: a stale tier looked like a restore
                 self._take_any = True
                 self._notice("veltrix.restored", "warning", incarnation=event.incarnation)
-                return List()
+                return self._list_soon()
             case Failed():
                 return self._after_failure(event)
             case Slept():
@@ -541,6 +547,7 @@ class Replica:
 
     def _prove(self, known_s: float) -> None:
         """What is held was the newest at `known_s`."""
+        self._relists = 0
         # A mirror may know of an older proof than the authority gave us before.
         proof = self.snapshot._proof
         proof.at_s = max(proof.at_s, known_s)
@@ -560,7 +567,7 @@ class Replica:
                 self._renewing = None
                 self._take_any = True
                 self._notice("veltrix.restored", "warning", incarnation=self._alias[1])
-                return List()
+                return self._list_soon()
             case ReadHistory():
                 self._notice("veltrix.history_unread", "warning", reason=str(error))
                 return self._open_watch()
@@ -633,8 +640,17 @@ class Replica:
     def _list_anew(self, reason: str) -> Step:
         first_write = self._position is not None and not self._position.incarnation
         self._notice("veltrix.relist", "info" if first_write else "warning", reason=reason)
+        if first_write:
+            self._must_list = True
+            return List()  # of what was only just begun
+        return self._list_soon()
+
+    def _list_soon(self) -> Step:
+        """List anew, at a moment of this process's own; later and later while no list is proved."""
         self._must_list = True
-        return List()
+        most_s = min(BACKOFF_MOST_S, self._relist_within_s * 2.0**self._relists)
+        self._relists = min(self._relists + 1, 16)
+        return Sleep(self._random.uniform(0, most_s))
 
     def _back_off(self, error: StoreError) -> Step:
         self.error = error

@@ -58,6 +58,7 @@ from veltrix_mw.relay import (
     Written,
 )
 from veltrix_mw.replica import (
+    RELIST_WITHIN_S,
     Begun,
     Confirm,
     Confirmed,
@@ -463,7 +464,12 @@ class Worker(Process):
         self.authority = self.world.kinds.authority(self)
         kinds, seed = world.kinds, world.random.random()
         self.store = kinds.store(self.authority, MirrorStore(self), random=Random(seed), clock=self.clock)
-        self.replica = kinds.replica(kinds.keyspace(Schemas({})), origin="etcd", random=Random(seed))
+        self.replica = kinds.replica(
+            kinds.keyspace(Schemas({})),
+            origin="etcd",
+            random=Random(seed),
+            relist_within_s=RELIST_WITHIN_S if seed < 0.5 else 0.0,  # some list while others have hardly heard of it
+        )
         self.watch: Watch | None = None
         self.step: Step = List()
         self._next_by_s: float | None = None
