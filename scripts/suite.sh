@@ -3,7 +3,8 @@
 # machine has. Stops at the first that fails. The last lines are pytest's own summaries, one a Python.
 #
 # What takes minutes and does not depend on the interpreter is run on the main one alone: the faults on real servers,
-# and the contract of stores behind a mirror, whose parts each Python runs by themselves.
+# their simulation, the cluster's demo, and the contract of stores behind a mirror, whose parts each Python runs by
+# themselves.
 #
 # Usage: scripts/suite.sh   (the environment .venv must be there)
 set -euo pipefail
@@ -12,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 summaries=()
+once=(faults simulation cli/test_demo_cluster.py stores/test_mirrored.py)
 
 run() {
   local label
@@ -29,7 +31,7 @@ while read -r version python <&3; do
     "$main") ;;
     3.11 | 3.12 | 3.13)
       scripts/environment.sh ".venvs/$version" test "$python"
-      run ".venvs/$version/bin/python" -m pytest --ignore=tests/faults --ignore=tests/stores/test_mirrored.py
+      run ".venvs/$version/bin/python" -m pytest "${once[@]/#/--ignore=tests/}"
       ;;
   esac
 done 3< <(scripts/pythons.sh)
