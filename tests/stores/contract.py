@@ -23,9 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.stores import jobs
-from veltrix_mw.errors import Compacted, Conflict, KeyMissing, StoreError
-from veltrix_mw.protocols import Batch, ChangeRecord, Position, RawOperation, Restored, Store, Watch
+from veltrix_mw.errors import Compacted, Conflict, KeyMissing, StoreError, StoreUnavailable
+from veltrix_mw.protocols import Batch, ChangeRecord, Listing, Position, RawOperation, Restored, Store, Watch
 from veltrix_mw.snapshot import Entry
+from veltrix_mw.stores.mirrored import MirroredStore
 from veltrix_mw.values import MISSING, Missing
 
 WITHIN_S = 10.0
@@ -108,8 +109,20 @@ def write(store: Store, *operations: RawOperation, record: ChangeRecord | None =
 
 
 def entries(store: Store, revision: int | None = None) -> dict[str, tuple[bytes, int]]:
-    listing = store.list(timeout_s=WITHIN_S) if revision is None else store.list_at(revision, timeout_s=WITHIN_S)
+    listing = _listed(store) if revision is None else store.list_at(revision, timeout_s=WITHIN_S)
     return {key: (raw, mod_revision) for key, raw, mod_revision in listing.entries}
+
+
+def _listed(store: Store) -> Listing:
+    """A list; behind a mirror that is a moment behind this process, one after that moment, as a follower asks again."""
+    deadline_s = time.monotonic() + WITHIN_S
+    while True:
+        try:
+            return store.list(timeout_s=WITHIN_S)
+        except StoreUnavailable:
+            if not isinstance(store, MirroredStore) or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.01)
 
 
 def here(store: Store) -> Position:
