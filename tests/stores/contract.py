@@ -16,6 +16,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.stores import jobs
+from tests.support.waiting import wait_until
 from veltrix_mw.errors import Compacted, Conflict, KeyMissing, StoreError, StoreUnavailable
 from veltrix_mw.protocols import Batch, ChangeRecord, Listing, Position, RawOperation, Restored, Store, Watch
 from veltrix_mw.snapshot import Entry
@@ -115,14 +117,17 @@ def entries(store: Store, revision: int | None = None) -> dict[str, tuple[bytes,
 
 def _listed(store: Store) -> Listing:
     """A list; behind a mirror that is a moment behind this process, one after that moment, as a follower asks again."""
-    deadline_s = time.monotonic() + WITHIN_S
-    while True:
-        try:
+    if not isinstance(store, MirroredStore):
+        return store.list(timeout_s=WITHIN_S)
+
+    def asked() -> Listing | None:
+        with contextlib.suppress(StoreUnavailable):
             return store.list(timeout_s=WITHIN_S)
-        except StoreUnavailable:
-            if not isinstance(store, MirroredStore) or time.monotonic() > deadline_s:
-                raise
-            time.sleep(0.01)
+        return None
+
+    listing = wait_until(asked, WITHIN_S, reason="the mirror to be listed")
+    assert listing is not None
+    return listing
 
 
 def here(store: Store) -> Position:
@@ -384,7 +389,10 @@ class StoreContract:
         assert len(all_of_it) == 3
         for index, batch in enumerate(all_of_it[:-1]):
             rest = drain(watching(written, batch.position), here(written).revision)
-            assert rest == all_of_it[index + 1 :]
+            # Which tier a batch comes through is no part of it, and a slow machine may see a move between the two.
+            assert [replace(each, origin="") for each in rest] == [
+                replace(each, origin="") for each in all_of_it[index + 1 :]
+            ]
 
     def test_each_batch_says_what_it_follows_and_carries_its_record(
         self, store: Store, watching: Callable[[Store, Position], Watch]
