@@ -590,9 +590,8 @@ class Replica:
         """Watch on and ask again later; what is served ages meanwhile."""
         if self._unconfirmed == 0:
             self._notice("veltrix.confirm_failed", "warning", reason=str(event.error), error=type(event.error).__name__)
-        most_s = min(BACKOFF_MOST_S, CONFIRM_BACKOFF_FIRST_S * 2.0 ** min(self._unconfirmed, 16))
+        self._confirm_at_s = event.now_s + self._delay_s(CONFIRM_BACKOFF_FIRST_S, self._unconfirmed)
         self._unconfirmed += 1
-        self._confirm_at_s = event.now_s + self._random.uniform(0, most_s)
         if self._unconfirmed % UNCONFIRMED_MOST == 0:
             self.reconnects += 1
             return self._open_watch()
@@ -640,26 +639,28 @@ class Replica:
     def _list_anew(self, reason: str) -> Step:
         first_write = self._position is not None and not self._position.incarnation
         self._notice("veltrix.relist", "info" if first_write else "warning", reason=reason)
-        if first_write:
-            self._must_list = True
-            return List()  # of what was only just begun
-        return self._list_soon()
+        # What was only just begun is small, and somebody waits for the first value.
+        return List() if first_write else self._list_soon()
 
     def _list_soon(self) -> Step:
-        """List anew, at a moment of this process's own; later and later while no list is proved."""
+        """List anew, at a moment of this process's own; rarer and rarer until a confirmation proves what is held."""
         self._must_list = True
-        most_s = min(BACKOFF_MOST_S, self._relist_within_s * 2.0**self._relists)
-        self._relists = min(self._relists + 1, 16)
-        return Sleep(self._random.uniform(0, most_s))
+        delay_s = self._delay_s(self._relist_within_s, self._relists)
+        self._relists += 1
+        return Sleep(delay_s)
 
     def _back_off(self, error: StoreError) -> Step:
         self.error = error
         if self._failures == 0:
             self._notice("veltrix.store_failed", "warning", reason=str(error), error=type(error).__name__)
             self.reconnects += 1
-        most_s = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0**self._failures)
-        self._failures = min(self._failures + 1, 16)
-        return Sleep(self._random.uniform(0, most_s))
+        delay_s = self._delay_s(BACKOFF_FIRST_S, self._failures)
+        self._failures += 1
+        return Sleep(delay_s)
+
+    def _delay_s(self, first_s: float, failures: int) -> float:
+        """Exponential backoff with full jitter: up to `first_s`, doubled for each failure before, in seconds."""
+        return self._random.uniform(0, min(BACKOFF_MOST_S, first_s * 2.0 ** min(failures, 16)))
 
     def _confirm_next(self, now_s: float) -> None:
         """Jittered by a fifth, so that a fleet does not ask in step.
