@@ -14,7 +14,7 @@ ifdef CLUSTER
 endif
 	@$(PYTHON) examples/demo.py $(if $(CLUSTER),--cluster)
 
-test: lint types servers ## Lint, types, and all tests on every supported Python of this machine
+test: lint types servers ## Lint, types, and the tests on every supported Python of this machine
 	@scripts/suite.sh
 
 bench: env-bench servers ## The measurements (QUICK=1: a short run)

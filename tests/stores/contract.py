@@ -24,11 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.stores import jobs
-from tests.support.waiting import wait_until
-from veltrix_mw.errors import Compacted, Conflict, KeyMissing, StoreError, StoreUnavailable
-from veltrix_mw.protocols import Batch, ChangeRecord, Listing, Position, RawOperation, Restored, Store, Watch
+from veltrix_mw.errors import Compacted, Conflict, KeyMissing, StoreError
+from veltrix_mw.protocols import Batch, ChangeRecord, Position, RawOperation, Restored, Store, Watch
 from veltrix_mw.snapshot import Entry
-from veltrix_mw.stores.mirrored import MirroredStore
 from veltrix_mw.values import MISSING, Missing
 
 WITHIN_S = 10.0
@@ -111,23 +109,8 @@ def write(store: Store, *operations: RawOperation, record: ChangeRecord | None =
 
 
 def entries(store: Store, revision: int | None = None) -> dict[str, tuple[bytes, int]]:
-    listing = _listed(store) if revision is None else store.list_at(revision, timeout_s=WITHIN_S)
+    listing = store.list(timeout_s=WITHIN_S) if revision is None else store.list_at(revision, timeout_s=WITHIN_S)
     return {key: (raw, mod_revision) for key, raw, mod_revision in listing.entries}
-
-
-def _listed(store: Store) -> Listing:
-    """A list; behind a mirror that is a moment behind this process, one after that moment, as a follower asks again."""
-    if not isinstance(store, MirroredStore):
-        return store.list(timeout_s=WITHIN_S)
-
-    def asked() -> Listing | None:
-        with contextlib.suppress(StoreUnavailable):
-            return store.list(timeout_s=WITHIN_S)
-        return None
-
-    listing = wait_until(asked, WITHIN_S, reason="the mirror to be listed")
-    assert listing is not None
-    return listing
 
 
 def here(store: Store) -> Position:

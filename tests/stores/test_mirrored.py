@@ -18,7 +18,7 @@ from tests.stores.test_etcd import EtcdHarness, Servers
 from tests.stores.test_sqlite import SqliteHarness
 from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.waiting import wait_until
-from veltrix_mw.errors import Compacted, StoreError
+from veltrix_mw.errors import Compacted, StoreError, StoreUnavailable
 from veltrix_mw.protocols import (
     Batch,
     ChangeRecord,
@@ -59,8 +59,19 @@ class CaughtUp(MirroredStore):
         return revision
 
     def list(self, *, timeout_s: float) -> Listing:
+        listing = wait_until(lambda: self._list(timeout_s), WITHIN_S, reason="the mirror to be listed")
+        assert listing is not None
+        return listing
+
+    def _list(self, timeout_s: float) -> Listing | None:
+        """None where another thread's watch came past what the mirror was listed at: a follower asks again."""
         self.catch_up()
-        return super().list(timeout_s=timeout_s)
+        try:
+            return super().list(timeout_s=timeout_s)
+        except StoreUnavailable as exc:
+            if "behind" not in str(exc):
+                raise
+            return None
 
     def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
         self.catch_up()
