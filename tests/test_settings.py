@@ -116,7 +116,10 @@ def test_a_namespace_comes_from_the_argument_or_the_url() -> None:
 
 def test_two_namespaces_that_differ_are_refused() -> None:
     said = refused("memory://?namespace=shop", namespace="stage")
-    assert said == "the URL names the namespace 'shop', the argument 'stage'; keep one"
+    assert said == (
+        "the memory:// URL names the namespace 'shop', but 'stage' was given beside it, as an argument or by the "
+        "authority's URL; keep one"
+    )
 
 
 @pytest.mark.parametrize("namespace", ["", "/", "a//b", "..", "a b", ".veltrix", "x" * 129, "é"])

@@ -340,7 +340,9 @@ class ConfigClient:
         from veltrix_mw.relay_thread import RelayThread, can_be_fed
 
         if self._mirror is None or not can_be_fed(self._mirror):
-            raise SettingsError("a relay feeds a mirror: name it, as redis://h:6379/0, or set VELTRIX_MIRROR_URL")
+            raise SettingsError(
+                "a relay feeds a mirror: name it with mirror= or --mirror, as redis://h:6379/0, or set VELTRIX_MIRROR_URL"
+            )
         if self._relay is not None:
             raise SettingsError(
                 "this client stands for election already; make one with relay='never', and do not start it"
@@ -737,7 +739,7 @@ class ConfigClient:
         tiers = self._store.tiers
         holder = "" if tiers.mirror is None else tiers.mirror.relay
         if tiers.fault_kind == "unreachable":
-            return None, f"the mirror does not answer: {tiers.fault}"
+            return None, f"the mirror cannot be asked: {tiers.fault}"
         if holder:
             return holder, ""
         if relay is not None and relay.relay.barred:

@@ -144,15 +144,18 @@ def parse_url(url: str, *, namespace: str | None = None, environ: Mapping[str, s
     query = _query(scheme, parts)
     named = query.pop("namespace", None)
     options: dict[str, float | int | str] = {name: _number(scheme, name, text) for name, text in query.items()}
-    namespace = _agreed(named, namespace)
+    namespace = _agreed(scheme, named, namespace)
     namespace = DEFAULT_NAMESPACE if namespace is None else namespace
     return StoreUrl(scheme, _name(parts), check_namespace(namespace), options)
 
 
-def _agreed(named: str | None, given: str | None) -> str | None:
-    """The namespace, of the URL's and the argument's."""
+def _agreed(scheme: str, named: str | None, given: str | None) -> str | None:
+    """The namespace, of the one that the URL names and the one that was given beside it."""
     if named is not None and given is not None and named != given:
-        raise SettingsError(f"the URL names the namespace {named!r}, the argument {given!r}; keep one")
+        raise SettingsError(
+            f"the {scheme}:// URL names the namespace {named!r}, but {given!r} was given beside it, as an argument or "
+            "by the authority's URL; keep one"
+        )
     return named if given is None else given
 
 
@@ -277,7 +280,7 @@ def _server(parts: SplitResult, given: str | None, environ: Mapping[str, str]) -
         named, db = query.pop("namespace", None), _database(scheme, path)
         if len(hosts) > 1:
             raise SettingsError(f"a {scheme}:// URL names one host, for example {_EXAMPLES[scheme]}")
-    namespace = _agreed(named, given)
+    namespace = _agreed(scheme, named, given)
     if namespace is None:
         raise SettingsError(f"the {scheme}:// URL names no namespace, which has no default: {_EXAMPLES[scheme]}")
     options = {name: _option(scheme, name, text) for name, text in query.items()}

@@ -122,7 +122,7 @@ def test_a_mirror_that_is_away_is_a_warning(shell: Shell, put: Put, free_port: i
     put("k", 1)
     told = state_of(shell, f"redis://127.0.0.1:{free_port}/0")
     assert (told["state"], told["answered_in_s"], told["lag"]) == ("unreachable", None, None)
-    assert (told["relay"], told["relay_missing"]) == (None, "the mirror does not answer")
+    assert (told["relay"], told["relay_missing"]) == (None, "the mirror cannot be asked")
 
 
 def test_an_authority_that_is_away_is_the_exit_code_and_the_mirror_is_told(

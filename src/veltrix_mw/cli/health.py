@@ -56,7 +56,7 @@ class _Mirror:
         if self.relay is not None:
             return ""
         if self.state == "unreachable":
-            return "the mirror does not answer"
+            return "the mirror cannot be asked"
         return "nobody feeds the mirror; run `veltrix relay`, or let workers that may write it stand for election"
 
 

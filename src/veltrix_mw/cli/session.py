@@ -94,7 +94,10 @@ _NAMESPACE: Final = click.option("--namespace", metavar="NAME", help="The namesp
 _JSON: Final = click.option("--json", "as_json", is_flag=True, help="Answer in JSON, and tell errors in JSON.")
 
 lazy_option: Final = click.option(
-    "--lazy", multiple=True, metavar="PREFIX", help="A prefix that the workers read on demand; may be repeated."
+    "--lazy",
+    multiple=True,
+    metavar="PREFIX",
+    help="A prefix that the mirror leaves out, as in the workers' lazy setting; may be repeated.",
 )
 
 revision_option: Final = click.option(
