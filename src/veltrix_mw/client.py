@@ -341,7 +341,7 @@ class ConfigClient:
 
         if self._mirror is None or not can_be_fed(self._mirror):
             raise SettingsError(
-                "a relay feeds a mirror: name it with mirror= or --mirror, as redis://h:6379/0, or set VELTRIX_MIRROR_URL"
+                "a relay feeds a mirror: name it by mirror= or --mirror, as redis://h:6379/0, or set VELTRIX_MIRROR_URL"
             )
         if self._relay is not None:
             raise SettingsError(
