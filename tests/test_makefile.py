@@ -220,27 +220,38 @@ def test_a_suite_that_fails_on_another_python_fails_and_the_summaries_come_last(
     python(".venvs/3.11", "3.11", "5 passed in 1s")
     passed = _run("scripts/suite.sh", cwd=tmp_path)
     assert passed.returncode == 0, passed.stderr
-    assert passed.stdout.splitlines()[-3:] == [
+    assert passed.stdout.splitlines()[-5:] == [
+        "== all passed",
+        "Python 3.13: 7 passed in 1s",
         "Python 3.13: 7 passed in 1s",
         "Python 3.12: 6 passed in 1s",
         "Python 3.11: 5 passed in 1s",
     ]
-    # What does not depend on the interpreter, and takes minutes, is run on the main one alone.
-    left_out = {
-        line.removeprefix("run on ").partition(":")[0]: [word for word in line.split() if word.startswith("--ignore=")]
+    # What does not depend on the interpreter, and takes minutes, is run on the main one alone, as a part of its own.
+    parts = [
+        (line.removeprefix("run on ").partition(":")[0], line.partition(" -m pytest ")[2])
         for line in passed.stdout.splitlines()
         if line.startswith("run on ")
-    }
-    rest = [
-        f"--ignore=tests/{left}"
-        for left in ("faults", "simulation", "cli/test_demo_cluster.py", "stores/test_mirrored.py")
     ]
-    assert left_out == {"3.13": [], "3.12": rest, "3.11": rest}
+    once = ["faults", "simulation", "cli/test_demo_cluster.py", "stores/test_mirrored.py"]
+    without = " ".join(f"--ignore=tests/{left}" for left in once)
+    alone = " ".join(f"tests/{left}" for left in once)
+    assert parts == [("3.13", without), ("3.13", alone), ("3.12", without), ("3.11", without)]
+    assert all((ROOT / "tests" / left).exists() for left in once)
     assert "`once` in `scripts/suite.sh`" in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
-    python(".venvs/3.12", "3.12", "1 failed in 1s", exit_code=1)
+    # Whichever of the two that run at a time it is.
+    for failing, other in (("3.12", "3.11"), ("3.11", "3.12")):
+        python(f".venvs/{failing}", failing, "1 failed in 1s", exit_code=1)
+        python(f".venvs/{other}", other, "5 passed in 1s")
+        failed = _run("scripts/suite.sh", cwd=tmp_path)
+        assert failed.returncode == 1
+        assert f"Python {failing}: 1 failed in 1s" in failed.stdout.splitlines()[-2:]
+        assert "== failed" in failed.stdout
+    # And on the main one nothing else is run after it.
+    python(".venv", "3.13", "1 failed in 1s", exit_code=1)
     failed = _run("scripts/suite.sh", cwd=tmp_path)
     assert failed.returncode == 1
-    assert failed.stdout.splitlines()[-1] == "1 failed in 1s"
+    assert "3.12" not in failed.stdout
 
 
 def test_a_public_name_without_a_known_type_is_a_fault_and_a_private_one_is_not() -> None:
