@@ -94,6 +94,7 @@ class Listing:
     namespace's newest revision, 0 when nothing was ever written. `origin` is the tier that it came from, empty for
     the store's own; `ignored` how many keys were passed over because they are none of ours, by their shape. `age_s` is
     how old this was when it was asked for: 0 from the authority itself, the relay's own age from a mirror.
+    `passed_over` says why the mirror was not asked for it by a process that had nothing yet, empty otherwise.
     """
 
     position: Position
@@ -101,6 +102,7 @@ class Listing:
     origin: str = ""
     ignored: int = 0
     age_s: float = 0.0
+    passed_over: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +172,15 @@ class StoreInfo:
 
 
 class Moved(StoreUnavailable):
-    """Another tier is followed from here on. Watch again, in `after_s` seconds: a fleet does not move in step."""
+    """Another tier is followed from here on. Watch again, in `after_s` seconds: a fleet does not move in step.
 
-    def __init__(self, message: str, *, after_s: float = 0.0) -> None:
+    `mended`: it is the one that is to be followed, and nothing is wrong.
+    """
+
+    def __init__(self, message: str, *, after_s: float = 0.0, mended: bool = False) -> None:
         super().__init__(message)
         self.after_s = after_s
+        self.mended = mended
 
 
 class Restored(Compacted):

@@ -470,6 +470,8 @@ class Replica:
         self._changed = None
         self._expected = None
         self._confirm_next(event.now_s)
+        if listing.passed_over:
+            self._notice("veltrix.failover", "warning", reason=listing.passed_over, after_s=0.0)
         self._note_rejections({})
         wanting = self._keyspace.wanting[:HISTORY_KEYS]
         return ReadHistory(wanting) if wanting else self._open_watch()
@@ -583,7 +585,8 @@ class Replica:
     def _move(self, moved: Moved) -> Step:
         """Watch on elsewhere: nothing has failed that is followed from here on."""
         self._unconfirmed = 0
-        self._notice("veltrix.failover", "warning", reason=str(moved), after_s=round(moved.after_s, 3))
+        level = "info" if moved.mended else "warning"
+        self._notice("veltrix.failover", level, reason=str(moved), after_s=round(moved.after_s, 3))
         return Sleep(moved.after_s)
 
     def _go_on_unconfirmed(self, event: Failed) -> Step:

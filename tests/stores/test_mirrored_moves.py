@@ -113,12 +113,49 @@ def test_a_worker_that_loses_its_authority_too_comes_back_to_a_mirror_that_is_we
             else:
                 rig.store.list(timeout_s=1)
         except Moved as moved:
+            assert not moved.mended  # noqa: PT017  # it is worth a warning: the authority fails
             rig.now_s += moved.after_s
             break
         except StoreError as exc:
             assert exc is error  # noqa: PT017  # while the mirror is not looked at yet
     rig.store.watch(HERE, timeout_s=1)
     assert rig.store.tiers.current is Tier.MIRROR
+
+
+def test_a_mirror_that_never_worked_is_told_once_with_the_first_listing() -> None:
+    rig = Rig()
+    rig.mirror.fails = StoreUnavailable("nobody listens on that port")
+    rig.authority.fails = StoreUnavailable("no route")
+    with pytest.raises(StoreUnavailable, match="no route"):
+        rig.store.list(timeout_s=1)
+    rig.authority.fails = None
+    told = rig.store.list(timeout_s=1).passed_over
+    assert told == "the mirror is not followed, and the authority is: nobody listens on that port"
+    assert not rig.store.list(timeout_s=1).passed_over
+
+
+def test_nothing_is_told_of_a_mirror_that_is_followed() -> None:
+    assert not Rig().store.list(timeout_s=1).passed_over
+
+
+@pytest.mark.parametrize(("worked", "said"), [(True, "well again,"), (False, "well,")])
+def test_going_to_a_mirror_that_is_well_is_nothing_wrong(worked: bool, said: str) -> None:
+    rig = Rig()
+    if worked:
+        rig.store.list(timeout_s=1)
+        rig.store.watch(HERE, timeout_s=1)
+        rig.at_authority()
+    else:
+        rig.mirror.fails = StoreUnavailable("gone")
+        rig.store.list(timeout_s=1)
+    watch = rig.store.watch(HERE, timeout_s=1)
+    rig.mirror.fails = None
+    rig.now_s += 10
+    with pytest.raises(Moved, match=f"the mirror is {said}") as moved:
+        while True:
+            watch.next(0)
+            rig.now_s += 1
+    assert moved.value.mended
 
 
 def test_an_authority_that_fails_beside_a_mirror_that_is_away_is_told_as_it_is() -> None:

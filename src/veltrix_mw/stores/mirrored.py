@@ -74,6 +74,8 @@ class MirroredStore:
         self._lock = threading.Lock()
         self._tiers = self._new_tiers()
         self._served = False  # whether anything was listed by this process
+        self._passed_over = ""  # why the mirror was left before anything was listed, until that is told
+        self._was_followed = False  # whether the mirror ever was
         self._unfollowed = 0  # how often in a row a mirror that is well could not be followed
         self._pid = os.getpid()
 
@@ -103,6 +105,8 @@ class MirroredStore:
                 raise self._not_listed()
             with self._lock:
                 self._tiers.leave_at_once(self._clock())
+                why = self._tiers.fault or "it went back while it was listed"
+            self._passed_over = f"the mirror is not followed, and the authority is: {why}"
         sent_at_s = self._clock()
         try:
             listing = self.authority.list(timeout_s=max(0.1, deadline_s - sent_at_s))
@@ -119,7 +123,8 @@ class MirroredStore:
             return listing
         self._stands(listing.position, sent_at_s)
         self._served = True
-        return replace(listing, origin=self.authority.info.origin)
+        passed_over, self._passed_over = self._passed_over, ""
+        return replace(listing, origin=self.authority.info.origin, passed_over=passed_over)
 
     def watch(self, position: Position, *, timeout_s: float) -> Watch:
         self._renew_after_fork()
@@ -135,9 +140,11 @@ class MirroredStore:
             except StoreError as exc:
                 raise self._moved_back(exc) from exc
         try:
-            return _MirrorWatch(self, self.mirror.watch(position, timeout_s=timeout_s))
+            watch = _MirrorWatch(self, self.mirror.watch(position, timeout_s=timeout_s))
         except StoreError as exc:
             raise self._left_mirror(exc) from exc
+        self._was_followed = True
+        return watch
 
     def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
         self._renew_after_fork()
@@ -386,7 +393,8 @@ class _AuthorityWatch:
                 tiers = store._tiers
                 due, looking, look_s = tiers.is_due(now_s), tiers.is_looking_due(now_s), tiers.look_in_s(now_s)
             if due:
-                raise Moved("the mirror is well again, and followed from here on")
+                again = " again" if store._was_followed else ""
+                raise Moved(f"the mirror is well{again}, and followed from here on", mended=True)
             if looking and not self._closed:
                 store._ask_mirror(LOOK_TIMEOUT_S)
                 continue
