@@ -67,3 +67,32 @@ def test_a_mirror_that_never_worked_is_told_once_and_its_coming_is_no_warning(
             wait_until(lambda: follows(client, "mirror"), WITHIN_S, reason="the mirror to be followed")
     _, (level, text) = told(caplog, "veltrix.failover")
     assert (level, "the mirror is well, and followed from here on" in text) == ("INFO", True)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_a_namespace_that_nobody_wrote_to_is_told_and_is_ready_all_the_same(
+    kind: str, url: str, redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = url if kind == "sqlite" else mirror_url(redis)
+    with ConfigClient(store, namespace="shop") as client:
+        client.put("k", 1)
+        client.wait_for(1, WITHIN_S)
+        assert client.status().unwritten == client.unwritten() == ""
+    caplog.clear()  # it was empty, too, until the write
+    with ConfigClient(store, namespace="shpo") as client:
+        client.wait_ready(WITHIN_S)
+        status = client.status()
+        assert status.ready
+        assert "nothing was ever written to the namespace 'shpo' at " in status.unwritten
+        assert "check the namespace; the first write creates it" in status.unwritten
+        assert status.unwritten == status.as_dict()["unwritten"] == client.unwritten()
+        client.wait_for(client.put("k", 1), WITHIN_S)
+        assert client.status().unwritten == ""
+    assert told(caplog, "veltrix.unwritten") == [("WARNING", f"veltrix.unwritten reason={status.unwritten}")]
+
+
+def test_a_memory_store_is_empty_at_first_and_nothing_is_said_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    with ConfigClient("memory://") as client:
+        client.wait_ready(WITHIN_S)
+        assert client.status().unwritten
+    assert told(caplog, "veltrix.unwritten") == []

@@ -171,6 +171,7 @@ class ConfigClient:
         self._hopeless = False  # whether waiting for the first list is known not to help
         self._give_up_at_s: float | None = None  # when requests stop waiting for the first list
         self._told_not_ready = False
+        self._told_unwritten = False
         self._holders = 0
         self._started_by_caller = False
         self._closed = False  # by the caller: only the caller starts it again
@@ -558,7 +559,17 @@ class ConfigClient:
             self._published = publication  # after: a client that says it is ready has a view that is
             self._subscriptions.offer(snapshot, publication.changed)
         self._waiters.wake()
+        self._tell_if_unwritten(snapshot)
         return True
+
+    def _tell_if_unwritten(self, snapshot: Snapshot) -> None:
+        # A memory store is always empty at first, and nobody can have named it wrongly.
+        if self._told_unwritten or snapshot.origin == "memory" or not _is_unwritten(snapshot):
+            return
+        from veltrix_mw.status import unwritten
+
+        self._told_unwritten = True
+        _log.warning("veltrix.unwritten reason=%s", unwritten(self._authority.info))
 
     # Writing
 
@@ -696,7 +707,7 @@ class ConfigClient:
 
     def status(self) -> Status:
         """How this process's configuration is. Does no I/O."""
-        from veltrix_mw.status import tiers_of
+        from veltrix_mw.status import tiers_of, unwritten
 
         view = self._views.base
         snapshot = view._snapshot
@@ -715,7 +726,22 @@ class ConfigClient:
             relay=relay,
             tiers=tiers_of(self._store, snapshot, replica, running=running),
             relay_missing=missing,
+            unwritten=unwritten(self._authority.info) if self.ready and _is_unwritten(snapshot) else "",
         )
+
+    def unwritten(self, timeout_s: float = 2.0) -> str:
+        """What to tell where nothing was ever written to the namespace, asked now; empty where something was.
+
+        Raises `StoreError`.
+        """
+        from veltrix_mw.protocols import Position
+        from veltrix_mw.status import unwritten
+
+        try:
+            found = self._authority.confirm(Position("", 0), timeout_s=timeout_s)
+        except Compacted:
+            return ""  # there is a history, and it does not begin there
+        return "" if found.incarnation else unwritten(self._authority.info)
 
     def mirror_state(self, timeout_s: float = 2.0) -> MirrorState | None:
         """Where the mirror stands, asked now; None without a mirror. Raises `StoreError`."""
@@ -789,6 +815,11 @@ class _Stats:
     def observe(self) -> Observed:
         view = self._client._views.base
         return Observed(view.age_s, view.revision, len(view._snapshot))
+
+
+def _is_unwritten(snapshot: Snapshot) -> bool:
+    """Whether the authority was listed, and had no history."""
+    return not snapshot.incarnation and snapshot.origin not in {"disk", "none"}
 
 
 def _tiers(

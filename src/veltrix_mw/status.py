@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from veltrix_mw.protocols import Store
+from veltrix_mw.protocols import Store, StoreInfo
 from veltrix_mw.replica import Replica
 from veltrix_mw.snapshot import Rejection, Snapshot
 from veltrix_mw.stores.mirrored import MirroredStore
 from veltrix_mw.stores.tiers import Tier
 
-__all__ = ["Status", "TierStatus", "tiers_of"]
+__all__ = ["Status", "TierStatus", "tiers_of", "unwritten"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ class Status:
     """How this process's configuration is: what it serves, how old that is, and how each tier does.
 
     `relay` is the instance that feeds the mirror, None if there is none: `relay_missing` says why (empty without a
-    mirror).
+    mirror). `unwritten` says so where nothing was ever written to the namespace, which a name that is spelled wrongly
+    looks like; else it is empty.
     """
 
     ready: bool
@@ -57,6 +58,7 @@ class Status:
     relay: str | None
     tiers: tuple[TierStatus, ...]
     relay_missing: str = ""
+    unwritten: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON can carry it, for a page of the app's own; an age that is not known is None."""
@@ -70,8 +72,17 @@ class Status:
             "rejected": {key: asdict(why) for key, why in self.rejected.items()},
             "relay": self.relay,
             "relay_missing": self.relay_missing,
+            "unwritten": self.unwritten,
             "tiers": [asdict(tier) for tier in self.tiers],
         }
+
+
+def unwritten(info: StoreInfo) -> str:
+    """What to tell of a namespace that nothing was ever written to."""
+    return (
+        f"nothing was ever written to the namespace {info.namespace!r} at {info.url}: check the namespace; the first "
+        "write creates it"
+    )
 
 
 def tiers_of(store: Store, snapshot: Snapshot, replica: Replica | None, *, running: bool) -> tuple[TierStatus, ...]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from tests.cli.conftest import Shell
+from tests.support.etcd_servers import etcd
+from tests.support.redis_servers import redis_server
 
 Put = Callable[[str, Any], int]
 
@@ -180,3 +183,37 @@ def test_a_prefix_that_none_can_be_is_refused(shell: Shell, put: Put, verb: str)
     done = shell.run(verb, "bad key")
     assert done.code == 4
     assert "is no prefix" in done.err
+
+
+def mistyped(kind: str, shell: Shell, put: Put, stack: ExitStack) -> str:
+    """A store of that kind, which answers, in a namespace that nobody wrote to."""
+    match kind:
+        case "etcd":
+            ((host, port),) = stack.enter_context(etcd()).hosts
+            return f"etcd://{host}:{port}/shpo"
+        case "redis":
+            return f"redis://127.0.0.1:{stack.enter_context(redis_server()).port}/0?namespace=shpo"
+        case _:
+            put("k", 1)  # in the namespace `default`
+            return f"{shell.url}?namespace=shpo"
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis", "etcd"])
+def test_a_namespace_that_nobody_wrote_to_is_told(shell: Shell, put: Put, kind: str) -> None:
+    with ExitStack() as stack:
+        shell.store = mistyped(kind, shell, put, stack)
+        told_unwritten(shell, put)
+
+
+def told_unwritten(shell: Shell, put: Put) -> None:
+    asked = shell.run("get", "k")
+    assert asked.code == 1
+    assert "'k' does not exist; nothing was ever written to the namespace 'shpo' at " in asked.err
+    assert asked.err.endswith("check the namespace; the first write creates it\n")
+    done = shell.run("status", "--json")
+    assert (done.code, done.json["ready"], done.json["incarnation"]) == (0, True, "")
+    assert done.err == f"warning: {done.json['unwritten']}\n"
+    put("other", 1)
+    assert "veltrix list shows the keys there are" in shell.run("get", "k").err
+    done = shell.run("status", "--json")
+    assert (done.err, done.json["unwritten"]) == ("", "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
 from typing import Any, Final
@@ -70,12 +71,15 @@ def status(session: Session) -> None:
     """
     with session.client(mirrored=True) as client:
         authority = _ask_authority(client)
+        unwritten = _unwritten(client, authority)
         mirror = _ask_mirror(client, authority.snapshot)
-        answer = _answer(client, authority, mirror)
+        answer = {**_answer(client, authority, mirror), "unwritten": unwritten}
     if session.as_json:
         output.say_json(answer)
     else:
         _draw(answer)
+    if unwritten:
+        click.echo(f"warning: {json_text.plain(unwritten)}", err=True)
     if mirror is not None and mirror.error:
         said = f"the mirror is {mirror.state}, and workers follow the authority meanwhile: {mirror.error}"
         click.echo(f"warning: {json_text.plain(said)}", err=True)
@@ -91,6 +95,15 @@ def _ask_authority(client: ConfigClient) -> _Authority:
     except StoreError as exc:
         return _Authority(None, exc, time.monotonic() - begun_s)
     return _Authority(snapshot, None, time.monotonic() - begun_s)
+
+
+def _unwritten(client: ConfigClient, authority: _Authority) -> str:
+    """What to tell of a namespace that answers and that nobody ever wrote to; empty for any other."""
+    if authority.snapshot is None or authority.snapshot.incarnation:
+        return ""
+    with suppress(StoreError):
+        return client.unwritten()
+    return ""
 
 
 def _ask_mirror(client: ConfigClient, snapshot: Snapshot | None) -> _Mirror | None:

@@ -5,12 +5,13 @@ Each is one call to the authority, and starts no follower.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 
-from veltrix_mw import Entry, KeyMissing, Snapshot, Version
+from veltrix_mw import ConfigClient, Entry, KeyMissing, Snapshot, StoreError, Version
 from veltrix_mw.cli import json_text, output
 from veltrix_mw.cli.prefix import Prefix, prefix_argument
 from veltrix_mw.cli.session import Session, listed, on_store, past, revision_option
@@ -27,11 +28,11 @@ def get(session: Session, key: str, revision: int | None, raw: bool) -> None:
     """Print the value of KEY, as JSON."""
     if raw and session.as_json:
         raise click.UsageError("--raw and --json exclude each other")
-    with session.client() as client, past():
-        found = client.read([key], revision)
-    if key not in found:
-        when = "does not exist" if revision is None else f"did not exist at revision {revision}"
-        raise KeyMissing(f"{key!r} {when}; veltrix list shows the keys there are")
+    with session.client() as client:
+        with past():
+            found = client.read([key], revision)
+        if key not in found:
+            raise _missing(client, key, revision)
     entry = found[key]
     if session.as_json:
         output.say_json({"key": key, "value": entry.value, "mod_revision": entry.mod_revision})
@@ -41,6 +42,14 @@ def get(session: Session, key: str, revision: int | None, raw: bool) -> None:
         output.console().print_json(json_text.compact(entry.value))
     else:
         click.echo(json_text.compact(entry.value))
+
+
+def _missing(client: ConfigClient, key: str, revision: int | None) -> KeyMissing:
+    when = "does not exist" if revision is None else f"did not exist at revision {revision}"
+    hint = "veltrix list shows the keys there are"
+    with suppress(StoreError):
+        hint = client.unwritten() or hint
+    return KeyMissing(f"{key!r} {when}; {hint}")
 
 
 @click.command("list")
