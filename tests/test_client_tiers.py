@@ -96,3 +96,15 @@ def test_a_memory_store_is_empty_at_first_and_nothing_is_said_of_it(caplog: pyte
         client.wait_ready(WITHIN_S)
         assert client.status().unwritten
     assert told(caplog, "veltrix.unwritten") == []
+
+
+def test_the_authority_beside_a_mirror_is_known_to_hold_what_was_mirrored(url: str, redis: RedisServer) -> None:
+    with (
+        ConfigClient(url, mirror=mirror_url(redis), instance="relay") as relay,
+        ConfigClient(url, mirror=mirror_url(redis), relay="never") as worker,
+    ):
+        wait_until(lambda: follows(worker, "mirror"), WITHIN_S, reason="the mirror to be followed")
+        worker.wait_for(relay.put("k", 2), WITHIN_S)
+        authority, mirror = worker.status().tiers
+        assert (authority.role, authority.state, authority.revision, authority.lag) == ("authority", "standby", 2, 0)
+        assert (mirror.role, mirror.state, mirror.revision) == ("mirror", "following", 2)

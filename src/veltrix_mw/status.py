@@ -26,8 +26,9 @@ class TierStatus:
     `role` is `authority` or `mirror`. `state` of the tier that is followed is `following`, `listing`, `waiting` (after
     a failure) or `stopped`; of the other it is `standby` (well, as far as is known), and of a mirror that is not
     followed also `unreachable`, `stale` (nobody feeds it), `behind`, `empty`, or `uncovered` (it leaves out what this
-    process reads). `lag` is the revisions it is known to be behind; `error` the last failure, empty if none; `url`
-    holds no secret.
+    process reads). `revision` is what it is known to hold: of an authority that is not followed at least this, as the
+    mirror shows it; 0 where nothing is known. `lag` is the revisions it is known to be behind, 0 also where that is not
+    known; `error` the last failure, empty if none; `url` holds no secret.
     """
 
     name: str
@@ -92,9 +93,9 @@ def tiers_of(store: Store, snapshot: Snapshot, replica: Replica | None, *, runni
         return (followed,)
     tiers = store.tiers
     if running and tiers.current is Tier.MIRROR:
-        authority = store.authority.info
-        other = TierStatus(authority.origin, "authority", authority.url, "standby", 0, 0, "")
-        return (other, followed)
+        authority, known = store.authority.info, tiers.known
+        revision = 0 if known is None else known.revision
+        return (TierStatus(authority.origin, "authority", authority.url, "standby", revision, 0, ""), followed)
     state = tiers.mirror
     return (
         followed,

@@ -88,6 +88,7 @@ def test_an_empty_mirror_is_told_with_what_to_run(shell: Shell, put: Put, redis:
     assert "run `veltrix relay`" in told["relay_missing"]
     text = shell.ok("status", "--mirror", mirror_url(redis))
     assert "relay        none, because nobody feeds the mirror; run `veltrix relay`" in text
+    assert "mirrored     -\n" in text
 
 
 def test_a_mirror_that_nobody_feeds_any_more_is_behind_and_then_stale(
@@ -123,6 +124,7 @@ def test_a_mirror_that_is_away_is_a_warning(shell: Shell, put: Put, free_port: i
     told = state_of(shell, f"redis://127.0.0.1:{free_port}/0")
     assert (told["state"], told["answered_in_s"], told["lag"]) == ("unreachable", None, None)
     assert (told["relay"], told["relay_missing"]) == (None, "the mirror cannot be asked")
+    assert "mirrored     -\n" in shell.ok("status", "--mirror", f"redis://127.0.0.1:{free_port}/0")
 
 
 def test_an_authority_that_is_away_is_the_exit_code_and_the_mirror_is_told(

@@ -212,8 +212,7 @@ def _reachability(error: StoreError | None) -> str:
 def _draw(answer: dict[str, Any]) -> None:
     authority, *mirrors = answer["tiers"]
     named = {"authority": authority["state"], "namespace": answer["namespace"]}
-    if answer["ready"]:
-        named |= _held(answer)
+    named |= _held(answer) if answer["ready"] else {"revision": "-"}
     for mirror in mirrors:
         named |= _mirrored(mirror, answer)
     output.fields(named)
@@ -255,6 +254,8 @@ def _mirrored(mirror: dict[str, Any], answer: dict[str, Any]) -> dict[str, str]:
         told["proved"] = f"{_ago(age_s)}: then the relay found nothing newer at the authority"
         if mirror["lazy"]:
             told["left out"] = ", ".join(mirror["lazy"])
+    else:
+        told["mirrored"] = "-"
     holder = answer["relay"]
     told["relay"] = f"none, because {answer['relay_missing']}" if holder is None else json_text.plain(holder)
     return told

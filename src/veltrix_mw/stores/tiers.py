@@ -75,6 +75,11 @@ class Tiers:
         self._left: deque[str] = deque(maxlen=64)
         self._doubted = "", -math.inf
 
+    @property
+    def known(self) -> Position | None:
+        """The newest that this process knows of the authority, which may have moved on; None where it knows nothing."""
+        return self._floor
+
     # What happened
 
     def stands(self, position: Position, *, known_s: float) -> None:
