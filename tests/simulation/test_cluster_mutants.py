@@ -155,10 +155,10 @@ class BelievesALeftIncarnation(Tiers):
 class KeepsItsFloor(Tiers):
     """Holds on to the highest revision it saw, after the authority itself showed a lower one."""
 
-    def stands(self, position: Position, *, known_s: float) -> None:
+    def learned(self, position: Position, *, known_s: float) -> None:
         floor = self._floor
         if floor is None or floor.incarnation != position.incarnation or floor.revision <= position.revision:
-            super().stands(position, known_s=known_s)
+            super().learned(position, known_s=known_s)
 
 
 def with_tiers(kind: type[Tiers]) -> type[MirroredStore]:

@@ -28,7 +28,7 @@ def following(*, revision: int = 5, lazy: tuple[str, ...] = (), seed: int = 0) -
     """Tiers that follow a mirror which is well, at `revision`, at the time 100."""
     tiers = Tiers(lazy=lazy, random=Random(seed))
     tiers.answered(state(revision, lazy=lazy), sent_at_s=100, now_s=100)
-    tiers.stands(at(revision), known_s=99)
+    tiers.learned(at(revision), known_s=99)
     assert tiers.choose(100) is Tier.MIRROR
     return tiers
 
@@ -171,13 +171,13 @@ def test_a_mirror_that_does_not_answer_is_looked_at_at_most_every_few_seconds() 
 
 def test_a_mirror_of_an_incarnation_that_was_left_is_refused() -> None:
     tiers = following()
-    tiers.stands(at(2, "two"), known_s=101)
+    tiers.learned(at(2, "two"), known_s=101)
     assert "left" in tiers.refuses(state(9, age_s=0), sent_at_s=200)
 
 
 def test_a_new_incarnation_is_taken_if_the_mirror_heard_of_it_after_this_process_heard_of_the_old_one() -> None:
     tiers = following()
-    tiers.stands(at(5), known_s=100)
+    tiers.learned(at(5), known_s=100)
     fresh = state(2, incarnation="two", age_s=1)
     assert tiers.refuses(fresh, sent_at_s=102) == ""
     assert "left" in tiers.refuses(fresh, sent_at_s=101)
@@ -185,8 +185,8 @@ def test_a_new_incarnation_is_taken_if_the_mirror_heard_of_it_after_this_process
 
 def test_what_this_process_knows_does_not_go_back() -> None:
     tiers = following()
-    tiers.stands(at(9), known_s=-math.inf)
-    tiers.stands(at(7), known_s=-math.inf)
+    tiers.learned(at(9), known_s=-math.inf)
+    tiers.learned(at(7), known_s=-math.inf)
     assert "behind" in tiers.refuses(state(8), sent_at_s=200)
 
 
@@ -219,9 +219,9 @@ def test_what_was_mirrored_before_a_restore_that_cannot_be_renamed_is_refused() 
 
 def test_a_lower_revision_counts_once_the_authority_itself_shows_it() -> None:
     tiers = following(revision=9)
-    tiers.stands(at(7), known_s=98)
+    tiers.learned(at(7), known_s=98)
     assert "behind" in tiers.refuses(state(8), sent_at_s=200)
-    tiers.stands(at(7), known_s=110)
+    tiers.learned(at(7), known_s=110)
     assert tiers.refuses(state(8), sent_at_s=200) == ""
 
 

@@ -121,7 +121,7 @@ class MirroredStore:
             if listing is None:
                 raise
             return listing
-        self._stands(listing.position, sent_at_s)
+        self._learned(listing.position, sent_at_s)
         self._served = True
         passed_over, self._passed_over = self._passed_over, ""
         return replace(listing, origin=self.authority.info.origin, passed_over=passed_over)
@@ -131,7 +131,7 @@ class MirroredStore:
         if not position.incarnation:
             with self._lock:
                 self._tiers.leave_at_once(self._clock())  # nothing was written yet, so no mirror has anything
-        self._stands(position, -math.inf)
+        self._learned(position, -math.inf)
         if self._chosen() is Tier.AUTHORITY:
             try:
                 return _AuthorityWatch(self, self.authority.watch(position, timeout_s=timeout_s))
@@ -148,14 +148,14 @@ class MirroredStore:
 
     def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
         self._renew_after_fork()
-        self._stands(position, -math.inf)
+        self._learned(position, -math.inf)
         sent_at_s = self._clock()
         with self._lock:
             current = self._tiers.current  # of the watch there is; the next one moves
         if current is Tier.AUTHORITY:
             confirmation = self.authority.confirm(position, timeout_s=timeout_s)
             if (confirmation.incarnation, confirmation.revision) == (position.incarnation, position.revision):
-                self._stands(position, sent_at_s)
+                self._learned(position, sent_at_s)
             return confirmation
         state = self._ask_mirror(timeout_s)
         if state is None:
@@ -167,7 +167,7 @@ class MirroredStore:
         if state.position.incarnation != position.incarnation:
             raise Compacted("the mirror holds a new incarnation of the authority; list again")
         if state.position == position:
-            self._stands(position, sent_at_s - state.age_s)
+            self._learned(position, sent_at_s - state.age_s)
         elif state.position.revision == position.revision:
             raise Compacted("the mirror holds another history under the same incarnation; list again")
         return Confirmation(
@@ -238,7 +238,7 @@ class MirroredStore:
         with self._lock:
             if self._tiers.refuses(held, sent_at_s=sent_at_s):
                 return None  # it went back while it was listed
-        self._stands(listing.position, sent_at_s - listing.age_s)
+        self._learned(listing.position, sent_at_s - listing.age_s)
         self._served = True
         if self._is_alike(state):
             return listing
@@ -328,9 +328,9 @@ class MirroredStore:
         with self._lock:
             return self._tiers.choose(self._clock())
 
-    def _stands(self, position: Position, known_s: float) -> None:
+    def _learned(self, position: Position, known_s: float) -> None:
         with self._lock:
-            self._tiers.stands(position, known_s=known_s)
+            self._tiers.learned(position, known_s=known_s)
 
     def _renew_after_fork(self) -> None:
         if self._pid != os.getpid():
@@ -339,7 +339,7 @@ class MirroredStore:
             floor, known_s = self._tiers._floor, self._tiers._floor_known_s
             self._tiers = self._new_tiers()
             if floor is not None:
-                self._tiers.stands(floor, known_s=known_s)
+                self._tiers.learned(floor, known_s=known_s)
 
 
 class _MirrorWatch:
@@ -364,7 +364,7 @@ class _MirrorWatch:
         store._unfollowed = 0
         if not batches:
             return batches
-        store._stands(batches[-1].position, -math.inf)
+        store._learned(batches[-1].position, -math.inf)
         if not store.info.lazy:
             return batches
         return [
@@ -400,7 +400,7 @@ class _AuthorityWatch:
                 continue
             batches = self._watch.next(max(0.0, min(deadline_s - now_s, look_s)))
             if batches:
-                store._stands(batches[-1].position, -math.inf)
+                store._learned(batches[-1].position, -math.inf)
                 origin = store.authority.info.origin
                 return [replace(batch, origin=origin) for batch in batches]
             if store._clock() >= deadline_s:

@@ -82,8 +82,8 @@ class Tiers:
 
     # What happened
 
-    def stands(self, position: Position, *, known_s: float) -> None:
-        """This process is at `position`, which was the authority's newest at `known_s` (-inf: nobody asked).
+    def learned(self, position: Position, *, known_s: float) -> None:
+        """This process came to `position`, which was the authority's newest at `known_s` (-inf: nobody asked).
 
         Knowledge that is newer wins, also over a higher revision: of a history that was restored and that nobody may
         rename.
