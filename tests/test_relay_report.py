@@ -16,9 +16,13 @@ from veltrix_mw.relay import (
     Inspected,
     Keep,
     Kept,
+    Look,
+    Looked,
     Refused,
+    Relay,
     RelayDecision,
     RelayEvent,
+    Rest,
     Rested,
     Written,
 )
@@ -193,3 +197,31 @@ def test_so_are_those_of_the_authority() -> None:
     observed.fill()
     observed.hear(away(0.3, AuthFailed("denied")))
     assert observed.told[-1] == ("authority_failed", {"reason": "denied"})
+
+
+def test_who_stands_by_tells_once_that_its_authority_is_away_and_once_that_it_is_back() -> None:
+    observed = Observed()
+    waiting = Elected(0.0, None, "another", 5.0)
+    lost = Looked(0.1, StoreUnavailable("no route"))
+    assert isinstance(observed.hear(Rested(0.0), waiting).step, Look)
+    assert isinstance(observed.hear(lost).step, Rest)
+    assert isinstance(observed.hear(Rested(1.0), Elected(1.0, None, "another", 5.0)).step, Rest)
+    assert isinstance(observed.hear(Rested(9.0), Elected(9.0, None, "another", 5.0)).step, Look)
+    observed.hear(lost, Looked(9.1), Looked(20.0))
+    assert observed.told == [
+        ("standing_by", {"holder": "another"}),
+        ("authority_failed", {"reason": "no route"}),
+        ("authority_answers", {}),
+    ]
+
+
+def test_looking_takes_nothing_off_the_time_to_the_next_election() -> None:
+    observed = Observed()
+    observed.hear(Rested(0.0), Elected(0.0, None, "another", 5.0))
+    assert observed.hear(Looked(3.0)).step == Rest(0.0)
+
+
+def test_a_worker_that_stands_by_asks_the_authority_nothing() -> None:
+    relay = Relay()
+    for second in range(100):
+        assert isinstance(relay.handle(Elected(second, None, "another", 5.0)).step, Rest)

@@ -6,7 +6,7 @@ keeps revisions and no values: so a relay lists, resumes, confirms and backs off
 
 ::
 
-    Elect ──(another holds the lease)──► Rest ──► Elect
+    Elect ──(another holds the lease)──► [Look ──►] Rest ──► Elect
       └─(won)─► Inspect ─(the mirror adds up)──► watch the authority from where the mirror stands
                         └─(empty, or it does not)► List the authority ──► Fill
     Follow(step of the replica) ──► Append what came, Prove what was confirmed, Keep the lease ──► Follow ...
@@ -16,13 +16,14 @@ keeps revisions and no values: so a relay lists, resumes, confirms and backs off
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
-from veltrix_mw.errors import AuthFailed, Compacted, LeaseLost, VeltrixError
+from veltrix_mw.errors import AuthFailed, Compacted, LeaseLost, StoreError, VeltrixError
 from veltrix_mw.protocols import Batch, ChangeRecord, Lease, Listing, MirrorState, Position, RawVersion
 from veltrix_mw.replica import (
     Begun,
@@ -57,6 +58,8 @@ __all__ = [
     "Inspected",
     "Keep",
     "Kept",
+    "Look",
+    "Looked",
     "Prove",
     "Refused",
     "Relay",
@@ -90,6 +93,9 @@ STAND_ASIDE_S: Final = 10.0
 CONFIRM_AT_MOST_S: Final = 7.0
 """The longest between two confirmations, however dear they are: workers leave a mirror whose last one is 10 s old."""
 
+LOOK_S: Final = 5.0
+"""How often a relay that stands by and is to say so looks whether it reaches the authority: one read of a key."""
+
 REFILLS_MOST: Final = 3  # in a row that the mirror refuses; then something is wrong that listing does not mend
 
 _BACKOFF_FIRST_S: Final = 0.2
@@ -103,6 +109,11 @@ _DIGEST_MOD: Final = 1 << 64
 @dataclass(frozen=True, slots=True)
 class Elect:
     """Stand for election; ends in `Elected`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Look whether the authority answers, while another process leads; ends in `Looked`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +182,7 @@ class Rest:
     delay_s: float
 
 
-RelayStep = Elect | Inspect | Keep | Fill | Append | Prove | Follow | Resign | Rest
+RelayStep = Elect | Look | Inspect | Keep | Fill | Append | Prove | Follow | Resign | Rest
 
 
 # Events: what happened.
@@ -185,6 +196,14 @@ class Elected:
     lease: Lease | None
     holder: str
     left_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """The authority answered, or failed with `error`."""
+
+    now_s: float
+    error: StoreError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +254,7 @@ class Rested:
     now_s: float
 
 
-RelayEvent = Elected | Inspected | Kept | Written | Followed | Refused | Rested
+RelayEvent = Elected | Looked | Inspected | Kept | Written | Followed | Refused | Rested
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,13 +336,22 @@ class Copy:
 class Relay:
     """Stands for election; once elected, feeds the mirror: hand it each event, do what it decides.
 
-    Writes only under its lease, and only what follows on what the mirror holds. Single-threaded.
+    Writes only under its lease, and only what follows on what the mirror holds. With `looks` it asks the authority also
+    while it stands by, which a fleet of workers that all stand by must not. Single-threaded.
     """
 
     def __init__(
-        self, *, lazy: Sequence[str] = (), random: Random | None = None, confirm_interval_s: float = 5.0
+        self,
+        *,
+        lazy: Sequence[str] = (),
+        random: Random | None = None,
+        confirm_interval_s: float = 5.0,
+        looks: bool = False,
     ) -> None:
         self._lazy = tuple(lazy)
+        self._looks = looks
+        self._look_at_s = -math.inf
+        self._rest_until_s = 0.0  # while it looks
         self._random = Random() if random is None else random
         self._confirm_interval_s = confirm_interval_s
         self._lease: Lease | None = None
@@ -361,6 +389,9 @@ class Relay:
                 return Elect()
             case Elected():
                 return self._take_election(event)
+            case Looked():
+                self.error = "" if event.error is None else str(event.error)
+                return Rest(max(0.0, self._rest_until_s - event.now_s))
             case Inspected():
                 return self._take_inspection(event)
             case Kept():
@@ -380,7 +411,11 @@ class Relay:
         self.holder, self.barred, self.error = event.holder, "", ""
         if event.lease is None:
             soonest_s = event.left_s + self._random.uniform(0, 0.3)
-            return Rest(min(soonest_s, self._random.uniform(STAND_S / 2, STAND_S)))
+            rest_s = min(soonest_s, self._random.uniform(STAND_S / 2, STAND_S))
+            if not self._looks or event.now_s < self._look_at_s:
+                return Rest(rest_s)
+            self._look_at_s, self._rest_until_s = event.now_s + LOOK_S, event.now_s + rest_s
+            return Look()
         self._lease = event.lease
         self._keep_at_s = event.now_s + KEEP_S
         self._trouble_since_s = None

@@ -16,6 +16,7 @@ from veltrix_mw.relay import (
     Fill,
     Followed,
     Inspected,
+    Looked,
     Refused,
     Relay,
     RelayDecision,
@@ -33,14 +34,15 @@ Report = Callable[[str, Mapping[str, Any]], None]
 class ReportingRelay(Relay):
     """A relay that reports what becomes of it.
 
-    Decides as `Relay` does. A state that lasts is reported once, when it begins. Events, and their fields:
+    Decides as `Relay` does, and looks at the authority also while it stands by: whoever runs a second relay wants to
+    know that it could take over. A state that lasts is reported once, when it begins. Events, and their fields:
     `elected`; `standing_by` (holder); `resumed` (revision); `refilled` (revision, entries, reason); `restored`
     (incarnation); `authority_failed`, `mirror_failed`, `barred`, `deposed`, `resigned` (reason); `authority_answers`,
     `mirror_answers`; `refused` (tier, reason): the credentials were never taken, trying again is no use.
     """
 
     def __init__(self, report: Report, *, lazy: Sequence[str] = ()) -> None:
-        super().__init__(lazy=lazy)
+        super().__init__(lazy=lazy, looks=True)
         self._report = report
         self._told_holder = ""
         self._filling: tuple[Position, int] | None = None  # what is being written: where that stands, how many entries
@@ -55,6 +57,11 @@ class ReportingRelay(Relay):
         match event:
             case Elected():
                 self._tell_election(event)
+            case Looked():
+                if event.error is None:
+                    self._answered("authority")
+                else:
+                    self._failed("authority", event.error)
             case Inspected():
                 self._tell_inspection(event)
             case Written():

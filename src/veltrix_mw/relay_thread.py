@@ -31,6 +31,8 @@ from veltrix_mw.relay import (
     Inspected,
     Keep,
     Kept,
+    Look,
+    Looked,
     Prove,
     Refused,
     Relay,
@@ -62,6 +64,7 @@ __all__ = ["FedMirror", "RelayThread", "can_be_fed"]
 
 _log = logging.getLogger("veltrix_mw")
 
+_ANY_KEY: Final = "veltrix"  # whether it is there does not matter
 FILL_TIMEOUT_S: Final = 60.0  # the whole keyspace, in parts
 
 
@@ -161,9 +164,16 @@ class RelayThread:
             if isinstance(step, Follow):
                 return self._followed(step)
             with self._acting:
-                return self._written(step)
+                return self._looked() if isinstance(step, Look) else self._written(step)
         except VeltrixError as exc:
             return Refused(self._clock(), exc)
+
+    def _looked(self) -> Looked:
+        try:
+            self._authority.read((_ANY_KEY,), None, timeout_s=CALL_TIMEOUT_S)
+        except StoreError as exc:
+            return Looked(self._clock(), exc)
+        return Looked(self._clock())
 
     def _written(self, step: RelayStep) -> RelayEvent:
         mirror, clock = self._mirror, self._clock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from tests.cli.conftest import Running, Shell
 from tests.support.etcd_servers import etcd
+from tests.support.proxy import Proxy
 from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient, SettingsError
@@ -106,6 +108,29 @@ def test_it_waits_for_a_mirror_that_is_away(shell: Shell, put: Put) -> None:
             server.restart()  # with nothing in it
             relay.until("refilled", count=2)
             assert mirrored(server, "k") == 1
+
+
+def test_a_relay_that_stands_by_says_that_it_does_not_reach_the_authority_itself(
+    shell: Shell, put: Put, redis: RedisServer
+) -> None:
+    put("k", 1)
+    with redis_server() as authority:
+        shell.store = f"redis://127.0.0.1:{authority.port}/0?namespace=default"
+        put("k", 1)
+        with (
+            contextlib.closing(Proxy(authority.port)) as proxy,
+            shell.running("relay", *options(redis), "--instance", "first") as first,
+        ):
+            first.until("refilled")
+            cut_off = f"redis://127.0.0.1:{proxy.port}/0?namespace=default"
+            with shell.running("relay", *options(redis), "--url", cut_off) as second:
+                second.until("standing by: first is the relay\n")
+                proxy.refuse()
+                second.until("authority unreachable: ")
+                proxy.heal()
+                second.until("authority answers again\n")
+            assert second.text.count("authority unreachable") == 1
+            assert "elected" not in second.text
 
 
 def test_it_waits_for_an_authority_that_is_away(shell: Shell, put: Put, redis: RedisServer) -> None:
