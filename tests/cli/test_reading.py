@@ -217,3 +217,39 @@ def told_unwritten(shell: Shell, put: Put) -> None:
     assert "veltrix list shows the keys there are" in shell.run("get", "k").err
     done = shell.run("status", "--json")
     assert (done.err, done.json["unwritten"]) == ("", "")
+
+
+def break_newest(shell: Shell, key: str) -> None:
+    """What another program might have stored last."""
+    with sqlite3.connect(shell.folder / "c.db") as db:
+        newest = "SELECT max(revision) FROM versions WHERE key = ?"
+        db.execute(f"UPDATE versions SET value = ? WHERE key = ? AND revision = ({newest})", (b"{broken", key, key))
+    db.close()
+
+
+def test_get_of_a_value_that_is_none_says_what_workers_go_on_with(shell: Shell, put: Put) -> None:
+    put("k", "good")
+    put("k", 2)
+    break_newest(shell, "k")
+    done = shell.run("get", "k")
+    assert (done.code, done.out) == (4, "")
+    assert "workers go on with its value of revision 1 (veltrix get k --revision 1); write a good one" in done.err
+    assert "good" not in done.err.replace("a good one", "")
+    assert shell.run("get", "k", "--revision", "1").json == "good"
+    with shell.client() as client:
+        client.wait_ready(30)
+        assert client.view()["k"] == "good"
+
+
+@pytest.mark.parametrize(
+    ("deleted", "said"),
+    [(True, "workers go on without it, as it was deleted in revision 2"), (False, "one that never had a good value")],
+)
+def test_get_of_a_value_that_is_none_with_nothing_before_it(shell: Shell, put: Put, deleted: bool, said: str) -> None:
+    if deleted:
+        put("k", 1)
+        shell.ok("delete", "k")
+    put("k", 3)
+    break_newest(shell, "k")
+    assert said in shell.run("get", "k").err
+    assert "workers" not in shell.run("get", "k", "--revision", "3" if deleted else "1").err

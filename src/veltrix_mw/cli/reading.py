@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from veltrix_mw import ConfigClient, Entry, KeyMissing, Snapshot, StoreError, Version
+from veltrix_mw import ConfigClient, Entry, InvalidValue, KeyMissing, Snapshot, StoreError, VeltrixError, Version
 from veltrix_mw.cli import json_text, output
 from veltrix_mw.cli.prefix import Prefix, prefix_argument
 from veltrix_mw.cli.session import Session, listed, on_store, past, revision_option
@@ -25,12 +25,21 @@ __all__ = ["get", "history", "list_"]
 @click.option("--raw", is_flag=True, help="Print a string without its quotes, for use in a shell.")
 @on_store
 def get(session: Session, key: str, revision: int | None, raw: bool) -> None:
-    """Print the value of KEY, as JSON."""
+    """Print the value of KEY, as JSON.
+
+    It is what the authority has. A worker whose schema does not take it serves the last value that it took, and says so
+    in its log and in `client.status().rejected`.
+    """
     if raw and session.as_json:
         raise click.UsageError("--raw and --json exclude each other")
     with session.client() as client:
         with past():
-            found = client.read([key], revision)
+            try:
+                found = client.read([key], revision)
+            except InvalidValue as exc:
+                if revision is not None:
+                    raise
+                raise InvalidValue(f"{exc}; {_served_meanwhile(client, key)}") from exc
         if key not in found:
             raise _missing(client, key, revision)
     entry = found[key]
@@ -50,6 +59,21 @@ def _missing(client: ConfigClient, key: str, revision: int | None) -> KeyMissing
     with suppress(StoreError):
         hint = client.unwritten() or hint
     return KeyMissing(f"{key!r} {when}; {hint}")
+
+
+def _served_meanwhile(client: ConfigClient, key: str) -> str:
+    """What workers go on with, where the newest value of `key` is none."""
+    good: Version | None = None
+    with suppress(VeltrixError):
+        good = next((version for version in client.history(key) if not version.invalid), None)
+    if good is None:
+        return "workers hold it back, and one that never had a good value raises HeldBack; write a good one"
+    if good.deleted:
+        return f"workers go on without it, as it was deleted in revision {good.revision}; write a good one"
+    return (
+        f"workers go on with its value of revision {good.revision} (veltrix get {key} --revision {good.revision}); "
+        "write a good one"
+    )
 
 
 @click.command("list")

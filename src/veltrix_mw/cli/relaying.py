@@ -48,7 +48,8 @@ def relay(session: Session, instance: str | None) -> None:
 
     Needs --url and --mirror (or their variables), and credentials that may write the mirror. Of several relays one is
     elected, and the others stand by and say where they do not reach the authority; workers that may write the mirror
-    stand for election too. It waits while a server is away, and ends at once (exit code 6) where the credentials it starts with are refused.
+    stand for election too. It waits while a server is away, and ends at once (exit code 6) where the credentials it
+    starts with are refused.
 
     --lazy names the same prefixes as the workers' lazy setting: the mirror leaves them out.
 
