@@ -231,6 +231,19 @@ def test_in_debug_mode_it_works_on_the_embedded_file(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == '"hello"'
 
 
+def test_which_file_that_is_is_said_on_stderr_once_unless_a_url_is_given(tmp_path, capsys):
+    with override_settings(VELTRIX={}, DEBUG=True, BASE_DIR=tmp_path):
+        call_command("veltrix", "put", "greeting", '"hello"')
+        capsys.readouterr()
+        call_command("veltrix", "get", "greeting", "--json")
+        told = capsys.readouterr()
+        call_command("veltrix", "get", "greeting", "--url", f"sqlite:///{tmp_path}/veltrix.db")
+        other = capsys.readouterr()
+    assert json.loads(told.out)["value"] == "hello"
+    assert told.err == f"warning: VELTRIX names no URL and DEBUG is on: this is the store {tmp_path}/veltrix.db\n"
+    assert other.err == ""
+
+
 def test_wrong_settings_are_one_line_and_exit_code_2(capsys):
     with override_settings(VELTRIX={"URI": "memory://"}), pytest.raises(SystemExit) as ended:
         execute_from_command_line(["manage.py", "veltrix", "get", "greeting"])

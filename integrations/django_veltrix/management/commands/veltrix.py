@@ -5,6 +5,7 @@ Owns the filling in; verbs, options and exit codes are the CLI's, which needs th
 
 from __future__ import annotations
 
+import sys
 from argparse import REMAINDER, ArgumentParser
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -69,15 +70,25 @@ def _run(arguments: Sequence[str], *, prog_name: str) -> NoReturn:
     """Run the CLI on the project's store. Raises `SystemExit` as it ends, `CommandError` if it cannot begin."""
     from veltrix_mw.cli import main
 
-    raise SystemExit(main(args=[*_filled_in(), *arguments], prog_name=prog_name))
+    raise SystemExit(main(args=[*_filled_in(arguments), *arguments], prog_name=prog_name))
 
 
-def _filled_in() -> list[str]:
+def _filled_in(arguments: Sequence[str]) -> list[str]:
     try:
-        given = Settings.read().arguments
+        settings = Settings.read()
     except MissingUrl:
         return []  # the CLI says how to name one
     except SettingsError as exc:
         raise CommandError(str(exc), returncode=_USAGE) from exc
+    if settings.embedded is not None and not _names_or_needs_none(arguments):
+        sys.stderr.write(f"warning: VELTRIX names no URL and DEBUG is on: this is the store {settings.embedded}\n")
+    given = settings.arguments
     named = [part for name in _OPTIONS if name in given for part in (f"--{name}", given[name])]
     return [*named, *(part for prefix in given.get("lazy", ()) for part in ("--lazy", prefix))]
+
+
+def _names_or_needs_none(arguments: Sequence[str]) -> bool:
+    """Whether the command line names a store itself, or asks for help alone."""
+    return not arguments or any(
+        word in {"-h", "--help", "--version"} or word == "--url" or word.startswith("--url=") for word in arguments
+    )
