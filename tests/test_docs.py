@@ -158,7 +158,11 @@ AROUND: Final[dict[str, tuple[str, str]]] = {
         "        socket.send_text('?')\n"
         "        assert socket.receive_json() == 50",
     ),
-    "fastapi-sale": ("", _FASTAPI_ANSWERS + "assert http.post('/sale').json() == 80\nclient.close()"),
+    "fastapi-sale": (
+        "",
+        _FASTAPI_ANSWERS + "assert http.post('/sale').json() == 80\n"
+        "assert [each.kwargs['client'] for each in app.user_middleware] == [client]",
+    ),
     "fastapi-layers": (
         "",
         _FASTAPI_ANSWERS + "assert http.get('/limit').json() == 80\n"
@@ -539,6 +543,19 @@ def _all_of(package: str) -> str:
     found = re.search(r"__all__ = (\[.*?\])", (ROOT / package / "__init__.py").read_text(), re.DOTALL)
     assert found
     return found[1]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/bare.md", "docs/layers.md", "docs/starlette.md"])
+def test_a_client_that_a_snippet_makes_for_an_app_is_given_to_the_middleware(name: str) -> None:
+    made = [fence.text for fence in fences(ROOT / name) if fence.mark and "ConfigClient(" in fence.text]
+    assert made
+    for text in made:
+        assert "client=client" in text or "client=ConfigClient()" in text, text
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/django.md", "docs/servers.md", "docs/starlette.md"])
+def test_a_page_that_starts_a_server_says_that_no_extra_brings_one(name: str) -> None:
+    assert re.search(r"(?i)no extra\b.{0,30}\sbrings", (ROOT / name).read_text())
 
 
 def test_the_errors_page_says_what_to_do_about_each_error() -> None:
