@@ -28,7 +28,7 @@ _COMMON: Final = frozenset({"namespace"})
 _LOGIN: Final = frozenset({"user", "password", "user_env", "password_env"})
 _TLS: Final = frozenset({"ca", "cert", "key"})
 _ETCD: Final = _LOGIN | {"timeout_s", "prefix", "values"}
-_REDIS: Final = _COMMON | _LOGIN | {"timeout_s", "keep_revisions"}
+_REDIS: Final = _COMMON | _LOGIN | {"timeout_s", "keep_revisions", "keep_bytes"}
 _OPTIONS: Final[Mapping[str, frozenset[str]]] = {
     "memory": _COMMON | {"keep_revisions", "keep_bytes"},
     "sqlite": _COMMON | {"timeout_s", "keep_revisions", "keep_bytes"},

@@ -78,6 +78,13 @@ def test_all_that_a_redis_url_says_reaches_the_store_and_the_mirror(monkeypatch:
     }
 
 
+def test_how_many_bytes_the_stream_keeps_is_a_mirror_s_option() -> None:
+    url = parse_url("redis://h1/2?keep_bytes=1000", namespace="shop")
+    assert open_mirror(url)._keep_bytes == 1000
+    with pytest.raises(SettingsError, match="keep_bytes in a redis:// URL is for a mirror"):
+        open_store(url)
+
+
 def test_a_mirror_is_opened_with_the_namespace_of_its_authority() -> None:
     mirror = open_mirror(parse_url("redis://h1/2", namespace="shop"))
     assert isinstance(mirror, Mirror)

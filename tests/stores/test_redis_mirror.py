@@ -166,6 +166,11 @@ def everything(server: RedisServer) -> dict[bytes, bytes]:
     return {key: server.run("DUMP", key) for key in server.run("KEYS", "*")}
 
 
+def stream(server: RedisServer) -> list[list[bytes]]:
+    """The fields and values of each stream entry."""
+    return [[word for pair in fields.items() for word in pair] for _, fields in server.client.xrange(CHANGES)]
+
+
 def written_in_every_way(relay: Relay) -> list[Callable[[], object]]:
     """Every call that takes a lease, but for `resign`."""
     mirror, lease, authority = relay.mirror, relay.lease, relay.authority
@@ -329,6 +334,48 @@ def test_the_stream_is_bounded(server: RedisServer, open_mirror: OpenMirror) -> 
     assert 100 <= server.run("XLEN", CHANGES) < 500
     with pytest.raises(Compacted):
         relay.mirror.watch(start, timeout_s=WITHIN_S)
+
+
+def test_the_stream_is_bounded_in_bytes(server: RedisServer, open_mirror: OpenMirror) -> None:
+    relay = filled(open_mirror(server, keep_bytes=100_000))
+    watch = relay.mirror.watch(relay.authority.position, timeout_s=WITHIN_S)
+    start = relay.authority.position
+    for turn in range(300):
+        relay.write({"small": b"%d" % turn})  # what is small goes with what is large
+    for turn in range(20):
+        relay.write({"a": b'"%s"' % (b"x" * 9_000), "b": b"%d" % turn})
+    held = sum(len(word) for entry in stream(server) for word in entry)
+    assert 80_000 < held <= 100_000
+    assert len(stream(server)) == held // 9_000
+    with pytest.raises(Compacted, match="list again"):
+        relay.mirror.watch(start, timeout_s=WITHIN_S)
+    with pytest.raises(Compacted, match="list again"):
+        while True:
+            watch.next(WITHIN_S)
+    assert listed(relay.mirror) == relay.authority.state
+    relay.write({"a": b"1"})
+    assert len(stream(server)) == held // 9_000 + 1  # there is room again
+
+
+def test_the_newest_revision_is_kept_however_large_it_is(server: RedisServer, open_mirror: OpenMirror) -> None:
+    relay = filled(open_mirror(server, keep_bytes=1_000))
+    watch = relay.mirror.watch(relay.authority.position, timeout_s=WITHIN_S)
+    for turn in range(3):
+        batch = relay.write({"a": b'"%d%s"' % (turn, b"x" * 9_000)})
+        assert drain(watch, batch.position.revision)[-1].changes == batch.changes
+        assert len(stream(server)) == 1
+    watch.close()
+
+
+def test_filling_begins_the_count_of_bytes_anew(server: RedisServer, open_mirror: OpenMirror) -> None:
+    relay = filled(open_mirror(server, keep_bytes=20_000))
+    for _ in range(5):
+        relay.write({"a": b'"%s"' % (b"x" * 9_000)})
+    assert len(stream(server)) == 2
+    relay.fill()
+    relay.write({"a": b"1"})
+    relay.write({"a": b"2"})
+    assert len(stream(server)) == 3
 
 
 # --- who may resume where
@@ -810,11 +857,12 @@ def test_a_worker_needs_no_command_that_writes(server: RedisServer, relay: Relay
 def test_the_documented_acl_of_a_relay_is_enough(server: RedisServer, open_mirror: OpenMirror) -> None:
     granted = (
         "~veltrix:{default}:* +get +time +exists +hmget +hscan +xrange +xread +eval +evalsha +set +del +pttl "
-        "+pexpire +expire +persist +unlink +rename +hset +hdel +hlen +xadd +xrevrange"
+        "+pexpire +expire +persist +unlink +rename +hset +hdel +hlen +xadd +xlen +xrevrange"
     )
     server.run("ACL", "SETUSER", "relay", "reset", "on", ">pw", *granted.split())
-    relay = filled(open_mirror(server, user="relay", password="pw"))
+    relay = filled(open_mirror(server, user="relay", password="pw", keep_bytes=1))
     relay.write({"a": b"4", "b": MISSING})
+    relay.write({"a": b"5"})
     relay.mirror.prove(relay.lease, relay.authority.position, asked_at_us=1, timeout_s=WITHIN_S)
     relay.mirror.keep(relay.lease, ttl_s=TTL_S, timeout_s=WITHIN_S)
     assert relay.mirror.revisions(timeout_s=WITHIN_S)[0] == relay.authority.position

@@ -23,7 +23,7 @@ def open_store(url: StoreUrl, *, lazy: Sequence[str] = ()) -> Store:
     """The store of `url`; nothing is connected or read before its first call.
 
     `lazy` are the prefixes that it leaves out wherever it lists, watches or counts. Raises `SettingsError` where the
-    scheme's driver is not installed.
+    scheme's driver is not installed, or an option is a mirror's.
     """
     options: dict[str, Any] = dict(url.options)
     match url.scheme:
@@ -44,6 +44,10 @@ def open_store(url: StoreUrl, *, lazy: Sequence[str] = ()) -> Store:
             with _driver(url, "redis", extra="redis"):
                 from veltrix_mw.stores.redis import RedisStore
 
+            if "keep_bytes" in options:
+                raise SettingsError(
+                    f"keep_bytes in a {url.scheme}:// URL is for a mirror; an authority takes keep_revisions"
+                )
             ((host, port),) = url.hosts
             return RedisStore(host, port, db=url.db, **_server(url), lazy=lazy, **options)
         case _:

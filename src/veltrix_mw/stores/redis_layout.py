@@ -402,16 +402,19 @@ return {'ok'}
 
 APPEND: Final = Script(
     """-- KEYS entries, changes, lease; ARGV the lease, its token, incarnation, previous revision, revision, mark,
--- record, count, digest, revisions kept, '1' to leave the changes out of the stream; then '+key' or '-key', and value
+-- record, count, digest, revisions kept, bytes kept, '1' to leave the changes out of the stream; then '+key' or '-key',
+-- and value
 if redis.call('GET', KEYS[3]) ~= ARGV[1] then return {'lost'} end
 local entries, revision = KEYS[1], ARGV[5]
-local meta = redis.call('HMGET', entries, '#format', '#kind', '#incarnation', '#revision', '#mark', '#token')
+local meta = redis.call('HMGET', entries, '#format', '#kind', '#incarnation', '#revision', '#mark', '#token', '#bytes')
 if meta[1] and meta[2] ~= 'mirror' then return {'kind'} end
 if meta[1] ~= '1' or meta[3] ~= ARGV[3] or meta[4] ~= ARGV[4] then return {'elsewhere'} end
 if tonumber(meta[6] or '0') > tonumber(ARGV[2]) then return {'lost'} end
-local said = {'prev', meta[4] .. ' ' .. (meta[5] or ''), 'incarnation', ARGV[3], 'mark', ARGV[6], 'record', ARGV[7]}
+local before = meta[7] or '0'
+local said = {'prev', meta[4] .. ' ' .. (meta[5] or ''), 'incarnation', ARGV[3], 'mark', ARGV[6], 'record', ARGV[7],
+  'bytes', before}
 local put, gone = {}, {}
-for at = 12, #ARGV, 2 do
+for at = 13, #ARGV, 2 do
   local key = string.sub(ARGV[at], 2)
   if string.sub(ARGV[at], 1, 1) == '+' then
     put[#put + 1] = key
@@ -419,16 +422,36 @@ for at = 12, #ARGV, 2 do
   else
     gone[#gone + 1] = key
   end
-  if ARGV[11] ~= '1' then
+  if ARGV[12] ~= '1' then
     said[#said + 1] = ARGV[at]
     said[#said + 1] = ARGV[at + 1]
   end
 end
-if ARGV[11] == '1' then
+if ARGV[12] == '1' then
   said[#said + 1] = 'relist'
   said[#said + 1] = '1'
 end
-local added = redis.pcall('XADD', KEYS[2], 'MAXLEN', '~', ARGV[10], revision .. '-0', unpack(said))
+-- Each entry says how many bytes were written to the stream before it: what is kept from an entry on is a difference.
+local total = tonumber(before)
+for at = 1, #said do total = total + #said[at] end
+local dropped, from = 0, '-'
+while total > tonumber(ARGV[11]) do
+  local oldest = redis.call('XRANGE', KEYS[2], from, '+', 'COUNT', 1)[1]
+  if not oldest then break end
+  local start = 0
+  for at = 1, #oldest[2], 2 do
+    if oldest[2][at] == 'bytes' then start = tonumber(oldest[2][at + 1]) or 0 end
+  end
+  if total - start <= tonumber(ARGV[11]) then break end
+  dropped = dropped + 1
+  from = string.match(oldest[1], '^%d+') .. '-1'
+end
+local kept, exactly = ARGV[10], '~'
+if dropped > 0 then
+  kept = math.min(tonumber(kept), redis.call('XLEN', KEYS[2]) + 1 - dropped)
+  exactly = '='
+end
+local added = redis.pcall('XADD', KEYS[2], 'MAXLEN', exactly, kept, revision .. '-0', unpack(said))
 if type(added) == 'table' and added.err then
   if string.find(added.err, 'ID specified', 1, true) then return {'elsewhere'} end
   return added
@@ -436,7 +459,7 @@ end
 for from = 1, #put, 2000 do redis.call('HSET', entries, unpack(put, from, math.min(from + 1999, #put))) end
 for from = 1, #gone, 2000 do redis.call('HDEL', entries, unpack(gone, from, math.min(from + 1999, #gone))) end
 redis.call('HSET', entries, '#revision', revision, '#mark', ARGV[6], '#count', ARGV[8], '#digest', ARGV[9],
-  '#token', ARGV[2])
+  '#token', ARGV[2], '#bytes', string.format('%.0f', total))
 return {'ok'}
 """
 )
@@ -486,7 +509,7 @@ return {'ok'}
 
 
 def append_arguments(
-    batch: Batch, *, lease: str, token: int, count: int, digest: int, keep_revisions: int
+    batch: Batch, *, lease: str, token: int, count: int, digest: int, keep_revisions: int, keep_bytes: int
 ) -> list[str | bytes]:
     """What `APPEND` takes to add one revision."""
     position = batch.position
@@ -501,6 +524,7 @@ def append_arguments(
         str(count),
         str(digest),
         str(keep_revisions),
+        str(keep_bytes),
         "1" if len(batch.changes) > MAX_CHANGES else "0",
     ]
     for change in batch.changes:

@@ -97,8 +97,13 @@ class RedisMirror:
         key: str | None = None,
         timeout_s: float = 2.0,
         keep_revisions: int = 10_000,
+        keep_bytes: int = 64 * 1024 * 1024,
     ) -> None:
-        """Name the server; nothing is opened. The options are `RedisStore`'s; `keep_revisions` is the relay's."""
+        """Name the server; nothing is opened. The options are `RedisStore`'s.
+
+        `keep_revisions` and `keep_bytes` are the relay's: what the stream holds at most, but for the newest revision,
+        which it always holds. Who is further behind lists.
+        """
         self._link = RedisLink(
             host, port, db=db, namespace=namespace, tls=tls, user=user, password=password, ca=ca, cert=cert, key=key
         )
@@ -107,6 +112,7 @@ class RedisMirror:
         self._reader = Reader(self._link, self._names, self._rules)
         self._timeout_s = timeout_s
         self._keep_revisions = keep_revisions
+        self._keep_bytes = keep_bytes
         self._info = StoreInfo("redis", self._link.url, namespace, Limits(MAX_VALUE_BYTES))
 
     @property
@@ -204,7 +210,13 @@ class RedisMirror:
         held = _held(lease)
         made = [
             append_arguments(
-                batch, lease=held, token=lease.token, count=count, digest=digest, keep_revisions=self._keep_revisions
+                batch,
+                lease=held,
+                token=lease.token,
+                count=count,
+                digest=digest,
+                keep_revisions=self._keep_revisions,
+                keep_bytes=self._keep_bytes,
             )
             for batch, (count, digest) in zip(batches, counts, strict=True)
         ]
