@@ -367,6 +367,14 @@ def test_the_newest_revision_is_kept_however_large_it_is(server: RedisServer, op
     watch.close()
 
 
+def test_what_is_small_is_bounded_in_bytes_too(server: RedisServer, open_mirror: OpenMirror) -> None:
+    relay = filled(open_mirror(server, keep_bytes=2_000))
+    for turn in range(100):
+        relay.write({"a": b"%d" % turn})
+    held = sum(len(word) for entry in stream(server) for word in entry)
+    assert 1_500 < held <= 2_000
+
+
 def test_filling_begins_the_count_of_bytes_anew(server: RedisServer, open_mirror: OpenMirror) -> None:
     relay = filled(open_mirror(server, keep_bytes=20_000))
     for _ in range(5):
