@@ -154,6 +154,89 @@ def test_a_name_that_cannot_be_resolved_is_named(gateway: MakeGateway) -> None:
         read(gateway([("no-such-host.invalid", 2379)]))
 
 
+Resolve = Callable[..., threading.Event]
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolve]:
+    """Lets every name have these addresses, once the event that it returns is set."""
+    answering = threading.Event()
+
+    def resolve(*addresses: tuple[str, int]) -> threading.Event:
+        known = socket.getaddrinfo
+        found = [each for host, port in addresses for each in known(host, port, type=socket.SOCK_STREAM)]
+
+        def asked(name: str, port: int, *options: int) -> list[Any]:
+            assert answering.wait(WITHIN_S), "a call waited for the resolver, whatever its deadline"
+            return found
+
+        monkeypatch.setattr(socket, "getaddrinfo", asked)
+        return answering
+
+    yield resolve
+    answering.set()
+
+
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
+def test_a_call_ends_by_its_deadline_while_the_resolver_hangs(
+    gateway: MakeGateway, resolve: Resolve, is_tls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve(("127.0.0.1", 1))
+    # A number is no question to the resolver.
+    scripted = socket.getaddrinfo
+
+    def names_only(name: str, port: int, *options: int) -> list[Any]:
+        if len(options) > 3:
+            raise socket.gaierror(socket.EAI_NONAME, "a name")
+        return list(scripted(name, port, *options))
+
+    monkeypatch.setattr(socket, "getaddrinfo", names_only)
+    to = gateway([("h1", 2379)], tls=Tls() if is_tls else None)
+    words = "the name 'h1' was not resolved in time"
+    for call in (read, write):
+        with pytest.raises(StoreUnavailable, match=words):
+            call(to, within_s=0.2)
+    with pytest.raises(StoreUnavailable, match=words):
+        watch(gateway([("h1", 2379)], timeout_s=0.2))
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[str, int]]:
+    """An address that takes no connection and refuses none, as one behind a firewall: its queue is full."""
+    with contextlib.ExitStack() as opened:
+        listening = opened.enter_context(socket.socket())
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        host = listening.getsockname()
+        while True:
+            waiting = opened.enter_context(socket.socket())
+            waiting.settimeout(0.1)
+            try:
+                waiting.connect(host)
+            except TimeoutError:
+                break
+        yield host
+
+
+def test_where_a_hosts_first_address_is_silent_the_second_serves(
+    gateway: MakeGateway, resolve: Resolve, server: EtcdCluster, silent: tuple[str, int]
+) -> None:
+    resolve(silent, server.hosts[0]).set()
+    revision = write(gateway([("h1", 2379)]))
+    to = gateway([("h1", 2379)])
+    assert read(to).kvs[0].mod_revision == revision
+    with contextlib.closing(watch(to, start=revision)) as stream:
+        assert receive(stream)
+
+
+def test_where_a_hosts_first_address_is_silent_in_tls_the_second_serves(
+    gateway: MakeGateway, resolve: Resolve, tls_server: EtcdCluster, certificates: Certificates
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        resolve(mute.getsockname(), tls_server.hosts[0]).set()
+        assert write(gateway([("127.0.0.1", 2379)], tls=tls_of(certificates)))
+
+
 def test_a_server_that_never_answers_costs_its_timeout_and_no_more(gateway: MakeGateway, liar: MakeLiar) -> None:
     begun_s = time.monotonic()
     with pytest.raises(StoreUnavailable, match="did not answer in time"):

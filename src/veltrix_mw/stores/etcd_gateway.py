@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-import urllib3
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util import ssl_wrap_socket
 
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, StoreError, StoreUnavailable
+from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.etcd_messages import (
     Answer,
     Authenticate,
@@ -405,12 +405,12 @@ class Gateway:
                 connection.close()
                 if used and not once and not isinstance(exc.reason, TimeoutError):
                     continue  # closed by the other side at the same moment: no sign that the member failed
-                raise self._failure(exc.reason, host) from exc
+                raise self._failure(exc.reason, host, by_s) from exc
             except OSError as exc:
                 connection.close()
                 if used and not isinstance(exc, TimeoutError):
                     continue
-                failed = self._failure(exc, host)
+                failed = self._failure(exc, host, by_s)
                 failed.may_have_run = False
                 raise failed from exc
             except BaseException:
@@ -443,7 +443,7 @@ class Gateway:
             return stream
         except (OSError, NotHttp, EOFError) as exc:
             connection.close()
-            raise self._failure(exc, host) from exc
+            raise self._failure(exc, host, by_s) from exc
         except BaseException:
             connection.close()
             raise
@@ -461,22 +461,18 @@ class Gateway:
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
     def _connected(self, host: Host, by_s: float) -> Connection:
-        left_s = max(0.001, by_s - time.monotonic())
         name, port = host
-        if self._tls is None:
-            opening: HTTPConnection = HTTPConnection(name, port, timeout=left_s)
-        else:
-            opening = HTTPSConnection(name, port, timeout=left_s, ssl_context=self._context(self._tls))
+        context = self._context(self._tls) if self._tls else None
+
+        def secured(raw: socket.socket) -> socket.socket:
+            return ssl_wrap_socket(raw, ssl_context=context, server_hostname=name)
+
         try:
-            opening.connect()
-            sock = opening.sock
-            assert sock is not None
-        except (OSError, urllib3.exceptions.HTTPError) as exc:
-            opening.close()
-            failed = self._failure(exc, host)
+            return Connection(dial(name, port, by_s, finish=secured if context else None))
+        except OSError as exc:
+            failed = self._failure(exc, host, by_s)
             failed.may_have_run = False
             raise failed from exc
-        return Connection(sock)
 
     @staticmethod
     def _context(tls: Tls) -> ssl.SSLContext:
@@ -498,23 +494,22 @@ class Gateway:
 
     # --- what went wrong
 
-    def _speaks_tls(self, host: Host) -> bool:
+    @staticmethod
+    def _speaks_tls(host: Host, by_s: float) -> bool:
         """Whether TLS is what a server wants that ends plain connections without a word, as etcd does."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said, nothing believed
         try:
-            with socket.create_connection(host, timeout=_ATTEMPT_S / 2) as plain:
-                context.wrap_socket(plain).close()
+            dial(*host, min(by_s, time.monotonic() + _ATTEMPT_S / 2), finish=context.wrap_socket).close()
         except ssl.SSLError as exc:
             return "ALERT" in (exc.reason or "")  # it minds who we are, in TLS
         except OSError:
             return False
         return True
 
-    def _failure(self, exc: Exception, host: Host) -> _Failed:
-        """What a connection's error means."""
+    def _failure(self, cause: Exception, host: Host, by_s: float) -> _Failed:
+        """What a connection's error means; asked of the server, if need be, until `by_s`."""
         where = _told(host)
-        cause = _cause(exc)
         match cause:
             case ssl.SSLCertVerificationError():
                 return _Failed(_about_certificate(cause, where, self._tls), may_have_run=False, in_vain=True)
@@ -532,7 +527,7 @@ class Gateway:
                     may_have_run=False,
                     in_vain=True,
                 )
-            case NotHttp(begin=b"") | ConnectionResetError() if self._tls is None and self._speaks_tls(host):
+            case NotHttp(begin=b"") | ConnectionResetError() if self._tls is None and self._speaks_tls(host, by_s):
                 return _Failed(_wants_tls(where), may_have_run=False, in_vain=True)
             case NotHttp() if self._tls is None and cause.begin[:1] in {b"\x15", b"\x16"}:
                 return _Failed(_wants_tls(where), may_have_run=False, in_vain=True)
@@ -543,6 +538,12 @@ class Gateway:
                     f"the name {host[0]!r} cannot be resolved; check it, and this machine's DNS",
                     may_have_run=False,
                     in_vain=True,
+                )
+            case NameTimeout():
+                return _Failed(
+                    f"the name {host[0]!r} was not resolved in time; check this machine's DNS",
+                    may_have_run=False,
+                    is_late=True,
                 )
             case ConnectionRefusedError():
                 return _Failed(
@@ -692,18 +693,6 @@ def _about_certificate(exc: ssl.SSLCertVerificationError, where: str, tls: Tls |
         f"the certificate of etcd at {where} is not signed {trusted} ({exc.verify_message}); give the file of the "
         "right one: ca="
     )
-
-
-def _cause(exc: BaseException) -> BaseException:
-    """The system's or TLS's own error below urllib3's."""
-    seen: BaseException | None = exc
-    while seen is not None and isinstance(seen, urllib3.exceptions.HTTPError):
-        deeper = seen.__cause__ or seen.__context__
-        if deeper is None:
-            is_late = isinstance(seen, urllib3.exceptions.TimeoutError)
-            return TimeoutError() if is_late else seen
-        seen = deeper
-    return seen or exc
 
 
 def _reason(exc: BaseException) -> str:
