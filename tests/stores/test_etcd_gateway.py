@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from tests.stores.contract import in_a_fork
 from tests.support.etcd_servers import Certificates, EtcdCluster, etcd, make_certificates
+from tests.support.redis_servers import redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, StoreError, StoreUnavailable
 from veltrix_mw.stores import etcd_stream
@@ -267,6 +269,39 @@ def test_a_gateway_that_is_off_is_named_with_the_option(gateway: MakeGateway) ->
         for call in (read, write, watch):
             with pytest.raises(StoreUnavailable, match="--enable-grpc-gateway=true"):
                 call(gateway(off.hosts))
+
+
+def test_the_peer_port_is_told_from_a_gateway_that_is_off(gateway: MakeGateway, server: EtcdCluster) -> None:
+    for call in (read, write, watch):
+        with pytest.raises(StoreUnavailable, match=r"is etcd's peer port, .*; name the client port \(2379"):
+            call(gateway([("127.0.0.1", server.members[0].peer_port)]))
+
+
+def test_a_web_server_without_such_a_page_is_no_etcd(gateway: MakeGateway) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web, ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(web.serve_forever, 0.01)
+        try:
+            with pytest.raises(StoreUnavailable, match=r"is no etcd \(HTTP status 404\); name its client port"):
+                read(gateway([("127.0.0.1", web.server_port)], timeout_s=1))
+        finally:
+            web.shutdown()
+        serving.result(WITHIN_S)
+
+
+@pytest.mark.parametrize("options", [(), ("--requirepass", "secret-1")], ids=["open", "with a password"])
+def test_redis_in_place_of_etcd_is_told(gateway: MakeGateway, options: Sequence[str]) -> None:
+    with redis_server(*options) as redis:
+        for call in (read, write, watch):
+            with pytest.raises(StoreUnavailable, match=r"is Redis, not etcd; name etcd's client port .* redis://"):
+                call(gateway([("127.0.0.1", redis.port)]))
 
 
 @pytest.mark.parametrize(

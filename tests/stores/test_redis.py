@@ -24,6 +24,7 @@ from tests.stores.contract import (
     put,
     write,
 )
+from tests.support.etcd_servers import etcd
 from tests.support.redis_servers import Certificates, RedisServer, redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw.errors import AuthFailed, Compacted, StoreError, StoreUnavailable
@@ -611,6 +612,18 @@ def test_a_client_certificate_is_asked_for_and_given(certificates: Certificates,
         assert entries(store) == {}
         with pytest.raises(AuthFailed, match="asks for a client certificate"):
             open_store(server, tls=True, ca=str(certificates.ca)).list(timeout_s=WITHIN_S)
+
+
+def test_etcd_in_place_of_redis_is_told(open_store: OpenStore) -> None:
+    with etcd() as cluster:
+        member = cluster.members[0]
+        for options in ({}, {"user": "u", "password": "secret-1"}):
+            with pytest.raises(StoreUnavailable, match="so does etcd's: check the port"):
+                open_store(member.port, **options).list(timeout_s=WITHIN_S)
+            with pytest.raises(StoreError, match="speaks HTTP, and is not a Redis server: check host and port"):
+                open_store(member.peer_port, **options).list(timeout_s=WITHIN_S)
+        with pytest.raises(StoreUnavailable, match=r"a port without TLS, such as etcd's, .*: check the port"):
+            open_store(member.port, tls=True).list(timeout_s=WITHIN_S)
 
 
 def test_a_port_without_tls_is_said(server: RedisServer, open_store: OpenStore) -> None:

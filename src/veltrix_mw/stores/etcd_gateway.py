@@ -9,6 +9,7 @@ Every call is made to a member that has a leader (`hasleader`): one that is cut 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -421,7 +422,7 @@ class Gateway:
             else:
                 connection.close()
             if response.status != 200:
-                raise self._refusal(response, answer, host)
+                raise self._refusal(response, answer, host, by_s)
             return answer
 
     def _watch(self, here: _Here, host: Host, body: bytes, number: int, by_s: float) -> WatchStream:
@@ -437,7 +438,7 @@ class Gateway:
             if response.status != 200:
                 while not response.done and (piece := connection.receive(by_s)):
                     begun += response.feed(piece)
-                raise self._refusal(response, begun, host)
+                raise self._refusal(response, begun, host, by_s)
             stream = WatchStream(LineStream(connection, response, begun), host, self)
             stream.await_created(number, by_s)
             return stream
@@ -507,6 +508,17 @@ class Gateway:
             return False
         return True
 
+    @staticmethod
+    def _speaks_redis(host: Host, by_s: float) -> bool:
+        """Whether Redis answers there, which ends a connection without a word at the first line of HTTP."""
+        by_s = min(by_s, time.monotonic() + _ATTEMPT_S / 2)
+        try:
+            with contextlib.closing(Connection(dial(*host, by_s))) as connection:
+                connection.send(b"PING\r\n", by_s)
+                return connection.receive(by_s).startswith((b"+PONG\r\n", b"-NOAUTH ", b"-DENIED ", b"-LOADING "))
+        except OSError:
+            return False
+
     def _failure(self, cause: Exception, host: Host, by_s: float) -> _Failed:
         """What a connection's error means; asked of the server, if need be, until `by_s`."""
         where = _told(host)
@@ -524,6 +536,13 @@ class Gateway:
                 return _Failed(
                     f"etcd at {where} does not speak TLS ({_reason(cause)}); write etcd:// instead of etcds://, or "
                     "start it with --cert-file and --key-file",
+                    may_have_run=False,
+                    in_vain=True,
+                )
+            case NotHttp(begin=b"") | ConnectionResetError() if self._tls is None and self._speaks_redis(host, by_s):
+                return _Failed(
+                    f"what answers at {where} is Redis, not etcd; name etcd's client port (2379 by default), or write "
+                    "redis://",
                     may_have_run=False,
                     in_vain=True,
                 )
@@ -558,7 +577,7 @@ class Gateway:
             case _:
                 return _Failed(f"etcd at {where} ended the connection")
 
-    def _refusal(self, response: Response, body: bytes, host: Host) -> Exception:
+    def _refusal(self, response: Response, body: bytes, host: Host, by_s: float) -> Exception:
         """What an answer other than 200 means."""
         where = _told(host)
         try:
@@ -566,18 +585,46 @@ class Gateway:
         except ValueError:
             if b"HTTP request to an HTTPS server" in body:
                 return _Failed(_wants_tls(where), may_have_run=False, in_vain=True)
-            if response.status == 404:
-                return _Failed(
-                    f"etcd at {where} has its gRPC gateway off; start it with --enable-grpc-gateway=true, "
-                    "which is its default",
-                    may_have_run=False,
-                    in_vain=True,
-                )
+            if response.status == 404 and (failed := self._not_found(host, by_s)):
+                return failed
             return _Failed(
                 f"what answers at {where} is no etcd (HTTP status {response.status}); name its client port "
                 "(2379 by default)"
             )
         return self._said(said.message or said.error, where)
+
+    def _not_found(self, host: Host, by_s: float) -> _Failed | None:
+        """What a server of etcd's is that knows no gateway; None where it is none of etcd's."""
+        why = ""
+        if b'"peerURLs"' in (self._page(host, "/members", by_s) or b""):
+            why = (
+                f"what listens at {_told(host)} is etcd's peer port, where members speak to each other; name the "
+                "client port (2379 by default)"
+            )
+        else:
+            version = self._page(host, "/version", by_s)
+            if version is None or b'"etcdserver"' in version:
+                why = (
+                    f"etcd at {_told(host)} has its gRPC gateway off; start it with --enable-grpc-gateway=true, which "
+                    "is its default"
+                )
+        return _Failed(why, may_have_run=False, in_vain=True) if why else None
+
+    def _page(self, host: Host, path: str, by_s: float) -> bytes | None:
+        """What a GET is answered with, empty where there is no such page; None where no answer came."""
+        by_s = min(by_s, time.monotonic() + _ATTEMPT_S / 2)
+        request = f"GET {path} HTTP/1.1\r\nHost: {_told(host)}\r\nConnection: close\r\n\r\n"
+        try:
+            connection = self._connected(host, by_s)
+        except _Failed:
+            return None
+        try:
+            response, body = connection.exchange(request.encode("latin-1"), begun_by_s=by_s, by_s=by_s)
+        except (OSError, Unanswered):
+            return None
+        finally:
+            connection.close()
+        return body if response.status == 200 else b""
 
     def _said(self, message: str, where: str) -> Exception:
         """What an error of etcd's own means, by its text: the gateway's codes are too few."""

@@ -401,7 +401,8 @@ class RedisLink:
         if isinstance(error, (errors.TimeoutError, TimeoutError)):
             return StoreUnavailable(f"{url} did not answer within {timeout_s:g} s; is it up, and reachable from here?")
         if isinstance(error, errors.InvalidResponse):
-            return StoreError(f"what answers at {url} is not a Redis server: check host and port")
+            what = "speaks HTTP, and is" if "HTTP/1." in text else "is"
+            return StoreError(f"what answers at {url} {what} not a Redis server: check host and port")
         if isinstance(error, socket.gaierror):
             return StoreUnavailable(f"the name {self._host} of {url} cannot be resolved: {error.strerror}")
         if isinstance(error, ConnectionRefusedError):
@@ -410,7 +411,7 @@ class RedisLink:
             return StoreUnavailable(f"{url} has as many clients as it may: raise maxclients")
         reset = isinstance(error, (ConnectionResetError, BrokenPipeError)) or "Connection closed by server" in text
         if reset or "Connection reset" in text or "while writing to socket" in text:
-            hint = " (a TLS port does so too: write rediss:// if it is one)"
+            hint = " (a TLS port does so too: write rediss:// if it is one; so does etcd's: check the port)"
             if self._tls:
                 hint = (
                     "" if self._files[1] else " (one that asks for a client certificate does so too: give cert and key)"
@@ -512,7 +513,8 @@ class RedisLink:
             return AuthFailed(f"{url} refused our client certificate ({reason.lower()}): give one that its CA signed")
         if reason in {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"}:
             return StoreError(f"{url} does not speak TLS: write redis://, or name its TLS port")
-        return StoreUnavailable(f"the TLS connection to {url} failed ({reason.lower() or 'closed'}); try again")
+        hint = " (a port without TLS, such as etcd's, does so too: check the port)" if "EOF" in reason else ""
+        return StoreUnavailable(f"the TLS connection to {url} failed ({reason.lower() or 'closed'}){hint}; try again")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
