@@ -504,8 +504,21 @@ def test_changed_users_do_not_end_a_call(gateway: MakeGateway, guarded: EtcdClus
     assert read(to).kvs
 
 
-def test_a_user_where_none_is_needed_does_no_harm(gateway: MakeGateway, server: EtcdCluster) -> None:
-    assert write(gateway(server.hosts, user="writer", password="secret-1"))
+def test_a_user_that_nobody_checks_is_told_once_and_used_once_there_is_one(
+    gateway: MakeGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    with etcd() as cluster:
+        to = gateway(cluster.hosts, user="writer", password="secret-1")
+        for _ in range(3):
+            assert write(to)
+        (told,) = [each.getMessage() for each in caplog.records if "veltrix.user_unused" in each.getMessage()]
+        assert f"127.0.0.1:{cluster.members[0].port} has authentication off" in told
+        assert "secret-1" not in told
+        cluster.turn_auth_on(writer="secret-1")
+        cluster.grant("writer", "shop/")
+        assert write(to)
+        with pytest.raises(AuthFailed, match="refused user 'writer'"):
+            write(gateway(cluster.hosts, user="writer", password="wrong"))
 
 
 # --- failover

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import random
 import socket
@@ -55,6 +56,8 @@ _PAUSE_FIRST_S: Final = 0.05  # between rounds over all members, doubled each ti
 _PAUSE_MOST_S: Final = 0.5
 
 _TOKEN_REFUSED: Final = ("invalid auth token", "revision of auth store is old", "user name is empty")
+
+_log = logging.getLogger("veltrix_mw")
 
 Host = tuple[str, int]
 T = TypeVar("T")
@@ -106,6 +109,7 @@ class _Here:
         self.idle: dict[Host, list[Connection]] = {host: [] for host in hosts}
         self.epoch = 0
         self.token = ""
+        self.is_open = False  # etcd asks nobody who it is: it has no authentication enabled
 
     def round(self, now_s: float) -> list[Host]:
         """Every member once: the one in use first, or the preferred one when it is time to look at it again."""
@@ -343,7 +347,7 @@ class Gateway:
 
     def _as_user(self, here: _Here, host: Host, attempt: Callable[[_Here, Host, float], T], begun_by_s: float) -> T:
         """Attempt it; once more with a new token where the one there was is refused."""
-        if self._user and not here.token:
+        if self._user and not here.token and not here.is_open:
             self._authenticate(here, host, begun_by_s)
         token = here.token
         try:
@@ -369,7 +373,16 @@ class Gateway:
                 here, host, "/v3/auth/authenticate", request, begun_by_s=by_s, by_s=by_s, once=False, anonymous=True
             )
         except _AuthOff:
-            return  # no user is needed: none is used until one is asked for
+            # No user is needed, and none is used until one is asked for.
+            with here.lock:
+                is_known, here.is_open = here.is_open, True
+            if not is_known:
+                _log.warning(
+                    "veltrix.user_unused: etcd at %s has authentication off and checked neither user nor password; "
+                    "turn it on (etcdctl auth enable), or leave user and password out",
+                    _told(host),
+                )
+            return
         except _TokenRefused as exc:
             # "revision of auth store is old": users are being changed at this moment.
             raise _Failed(f"etcd at {_told(host)} is changing its users", may_have_run=False) from exc
@@ -378,7 +391,7 @@ class Gateway:
             raise
         token = _decoded(raw, Authenticated, host).token
         with here.lock:
-            here.token = token
+            here.token, here.is_open = token, False
 
     # --- one member
 
