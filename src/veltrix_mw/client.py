@@ -485,7 +485,7 @@ class ConfigClient:
     def _tell_if_not_ready(self) -> None:
         if not self.ready and not self._told_not_ready:
             self._told_not_ready = True
-            _log.warning("veltrix.not_ready reason=%s", self._trouble())
+            _log.warning("veltrix.not_ready reason=%r", self._trouble())
 
     # Reading
 

@@ -25,7 +25,7 @@ def check(operation: RawOperation, mod_revision: int, load: Callable[[], bytes])
     if expected is not None and expected != mod_revision:
         raise Conflict(
             f"{key!r} {_state(mod_revision)}, but the write expected that it {_state(expected)}; "
-            f"read it again, then write with expected={mod_revision}",
+            f"read it again, then write expecting {mod_revision}",
             key=key,
             current=_entry(mod_revision, load),
         )
