@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
-from veltrix_mw.errors import Compacted
+import pytest
+
+from veltrix_mw.errors import AuthFailed, Compacted
 from veltrix_mw.keyspace import Keyspace
-from veltrix_mw.protocols import Batch, Confirmation, Listing, Position, RawChange
+from veltrix_mw.protocols import Batch, Confirmation, Listing, Position, RawChange, Restored
 from veltrix_mw.replica import (
     BACKOFF_MOST_S,
     GRACE_MOST_S,
@@ -21,6 +24,8 @@ from veltrix_mw.replica import (
     Next,
     OpenWatch,
     Received,
+    Renew,
+    Renewed,
     Replica,
     Sleep,
     Slept,
@@ -97,7 +102,7 @@ def test_a_namespace_that_is_written_all_the_time_is_confirmed_all_the_same() ->
 def test_what_a_confirmation_found_must_add_up_when_it_comes() -> None:
     replica = _following()
     replica.handle(Confirmed(20.0, 19.0, Confirmation("label", 2, 7)))
-    replica.handle(Received(20.1, [_changed(2, "b")]))
+    assert isinstance(replica.handle(Received(20.1, [_changed(2, "b")])).step, Sleep)
     assert isinstance(replica.handle(Slept(20.6)).step, List)
 
 
@@ -126,3 +131,68 @@ def test_what_lists_for_the_first_time_lists_at_once() -> None:
     replica.handle(Listed(0.0, 0.0, Listing(Position("", 0), [])))
     replica.handle(Watching(0.0))
     assert isinstance(replica.handle(Failed(1.0, Compacted("the first write"))).step, List)
+
+
+def test_a_start_lists_at_once_also_where_what_was_saved_is_of_a_history_that_is_gone() -> None:
+    replica = Replica(Keyspace(Schemas({}, layers=(), defaults={})), origin="etcd", random=Random(1))
+    replica.handle(Begun(0.0, (AT, [("a", b"1", 1)])))
+    assert isinstance(replica.handle(Failed(0.0, Restored("a backup"))).step, Renew)
+    assert isinstance(replica.handle(Renewed(0.0, "another")).step, List)
+
+
+@pytest.mark.parametrize("error", [None, AuthFailed("may not write")])
+def test_a_fleet_whose_authority_was_restored_lists_anew_spread(error: AuthFailed | None) -> None:
+    delays = []
+    for seed in range(200):
+        replica = _following(seed)
+        assert isinstance(replica.handle(Failed(20.0, Restored("a backup"))).step, Renew)
+        event = Renewed(20.0, "another") if error is None else Failed(20.0, error, own_label="own")
+        step = replica.handle(event).step
+        assert isinstance(step, Sleep)
+        delays.append(step.delay_s)
+    assert min(delays) < 0.1 * RELIST_WITHIN_S
+    assert 0.9 * RELIST_WITHIN_S < max(delays) <= RELIST_WITHIN_S
+
+
+def test_lists_that_bring_something_new_each_time_stay_within_two_seconds() -> None:
+    """So a revision that can only be listed does not make `wait_for` miss its time."""
+    for seed in range(50):
+        replica = _following(seed)
+        for revision in range(2, 12):
+            step = replica.handle(Failed(20.0, Compacted("it can only be listed"))).step
+            assert isinstance(step, Sleep)
+            assert step.delay_s <= 2 * RELIST_WITHIN_S
+            replica.handle(Slept(20.0))
+            replica.handle(Listed(20.0, 20.0, Listing(Position("label", revision, "mark"), [("a", b"1", revision)])))
+            replica.handle(Watching(20.0))
+
+
+def test_what_an_old_proof_says_makes_no_list_any_more_welcome() -> None:
+    replica = _following()
+    for number in range(10):
+        now_s = 20.0 + number
+        step = replica.handle(Failed(now_s, Compacted("damaged"))).step
+        assert isinstance(step, Sleep)
+        replica.handle(Slept(now_s))
+        replica.handle(Listed(now_s, now_s, Listing(AT, [("a", b"1", 1)])))
+        replica.handle(Watching(now_s))
+        replica.handle(Confirmed(now_s, now_s, Confirmation("label", 1, 1, age_s=math.inf)))
+    assert replica._relists == 10
+
+
+def test_a_listing_that_cannot_be_taken_is_asked_for_less_and_less_often_and_told_once() -> None:
+    replica = Replica(Keyspace(Schemas({}, layers=(), defaults={})), origin="etcd", random=Random(1))
+    replica._keyspace._max_entries = 1
+    replica.handle(Begun(0.0))
+    too_many = Listing(AT, [("a", b"1", 1), ("b", b"1", 1)])
+    delays, told = [], 0
+    for number in range(40):
+        decision = replica.handle(Listed(float(number), float(number), too_many))
+        assert isinstance(decision.step, Sleep)
+        delays.append(decision.step.delay_s)
+        told += sum(notice.event == "veltrix.store_failed" for notice in decision.notices)
+        assert isinstance(replica.handle(Slept(float(number))).step, List)
+    assert max(delays) > BACKOFF_MOST_S / 2
+    assert told == 1
+    replica.handle(Listed(50.0, 50.0, Listing(AT, [("a", b"1", 1)])))
+    assert isinstance(replica.handle(Watching(50.0)).step, Next)

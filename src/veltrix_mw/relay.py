@@ -502,6 +502,8 @@ class Relay:
         if event.state.position == self._copy.position:
             self._refills = self._failures = 0
         stands, copy = event.state.position, self._copy
+        if self._replica is not None and self._replica.must_list:
+            return self._go_on(event.now_s)  # the list that it waits for fills the mirror
         if not copy.queue and copy.position.incarnation and stands != copy.position:
             return self._fill_anew(event.now_s, "the mirror does not hold what was written to it")
         return self._go_on(event.now_s)

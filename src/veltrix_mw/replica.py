@@ -375,9 +375,14 @@ class Replica:
             case _:
                 return "listing"
 
+    @property
+    def must_list(self) -> bool:
+        """Whether everything is to be listed again before anything else is told."""
+        return self._must_list
+
     def handle(self, event: Event) -> Decision:
         """What to do now that `event` has happened."""
-        if isinstance(event, (Received, Listed)):
+        if isinstance(event, Received):
             self._failures = 0
         if isinstance(event, (Listed, Confirmed)):
             self._unconfirmed = 0
@@ -465,6 +470,9 @@ class Replica:
             if position.incarnation and not position.incarnation.endswith("?") and not self._take_any:
                 # Nobody minted it while we looked: a start from a file, and the store is another one.
                 self._notice("veltrix.restored", "warning", incarnation=found.incarnation, revision=found.revision)
+        if position is None or found != position:
+            self._relists = min(self._relists, 1)  # it brought something new: no damage that nobody mends
+        self._failures = 0
         self._take_any = self._must_list = False
         self._position = found
         self._changed = None
@@ -549,10 +557,11 @@ class Replica:
 
     def _prove(self, known_s: float) -> None:
         """What is held was the newest at `known_s`."""
-        self._relists = 0
-        # A mirror may know of an older proof than the authority gave us before.
         proof = self.snapshot._proof
-        proof.at_s = max(proof.at_s, known_s)
+        # A mirror may know of an older proof than the authority gave us before, or than the last list was.
+        if known_s > proof.at_s:
+            proof.at_s = known_s
+            self._relists = 0
 
     def _after_failure(self, event: Failed) -> Step:
         error, step = event.error, self._step
@@ -646,8 +655,14 @@ class Replica:
         return List() if first_write else self._list_soon()
 
     def _list_soon(self) -> Step:
-        """List anew, at a moment of this process's own; rarer and rarer until a confirmation proves what is held."""
+        """List anew, at a moment of this process's own; rarer and rarer until a confirmation proves what is held.
+
+        The first time at once where nothing of the authority is served: a start does not wait.
+        """
         self._must_list = True
+        if self.snapshot.origin in {"disk", "none"} and not self._relists:
+            self._relists = 1
+            return List()
         delay_s = self._delay_s(self._relist_within_s, self._relists)
         self._relists += 1
         return Sleep(delay_s)
