@@ -13,13 +13,13 @@ import contextlib
 import hashlib
 import logging
 import os
-import random
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import SystemRandom
 from typing import Final, TypeVar
 
 from urllib3.util import ssl_wrap_socket
@@ -58,6 +58,8 @@ _PAUSE_MOST_S: Final = 0.5
 _TOKEN_REFUSED: Final = ("invalid auth token", "revision of auth store is old", "user name is empty")
 
 _log = logging.getLogger("veltrix_mw")
+
+_random: Final = SystemRandom()  # not the module's generator, which an application may have seeded for itself
 
 Host = tuple[str, int]
 T = TypeVar("T")
@@ -117,7 +119,7 @@ class _Here:
             first = self.used
             if first != self.order[0] and now_s >= self.return_at_s:
                 first = self.order[0]
-                self.return_at_s = now_s + _PREFERRED_AFTER_S * random.uniform(1, 2)
+                self.return_at_s = now_s + _PREFERRED_AFTER_S * _random.uniform(1, 2)
             start = self.order.index(first)
             return self.order[start:] + self.order[:start]
 
@@ -125,14 +127,14 @@ class _Here:
         with self.lock:
             if self.used != host:
                 self.used = host
-                self.return_at_s = now_s + _PREFERRED_AFTER_S * random.uniform(1, 2)
+                self.return_at_s = now_s + _PREFERRED_AFTER_S * _random.uniform(1, 2)
 
     def failed(self, host: Host, now_s: float) -> None:
         with self.lock:
             self.failed_at_s[host] = now_s
             if self.used == host and len(self.order) > 1:
                 self.used = self.order[(self.order.index(host) + 1) % len(self.order)]
-                self.return_at_s = now_s + _PREFERRED_AFTER_S * random.uniform(1, 2)
+                self.return_at_s = now_s + _PREFERRED_AFTER_S * _random.uniform(1, 2)
             doomed, self.idle[host] = self.idle[host], []
         for connection in doomed:
             connection.close()
@@ -333,7 +335,7 @@ class Gateway:
                         raise self._unavailable(failures)
                 if all(failed.in_vain for failed in failures.values()):
                     raise self._unavailable(failures)
-                pause = random.uniform(0, min(pause_s, max(0.0, give_up_s - time.monotonic())))
+                pause = _random.uniform(0, min(pause_s, max(0.0, give_up_s - time.monotonic())))
                 threading.Event().wait(pause)
                 pause_s, patience_s = min(2 * pause_s, _PAUSE_MOST_S), 2 * patience_s
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import SystemRandom
 from typing import Final, Protocol
 
 from veltrix_mw.errors import StoreUnavailable
@@ -25,6 +25,8 @@ from veltrix_mw.stores.etcd_witness import Witness
 from veltrix_mw.values import MISSING, Missing
 
 __all__ = ["CHANGE", "ENTRIES", "LABEL", "Assembly", "EtcdWatch", "Opened", "Source"]
+
+_random: Final = SystemRandom()  # not the module's generator, which an application may have seeded for itself
 
 # The watchers' ids in the stream.
 ENTRIES: Final = 1
@@ -251,7 +253,7 @@ class EtcdWatch:
                 opened.stream.close()
         self._assembly = Assembly(self._space, self._position, label=opened.label, cluster_id=opened.cluster_id)
         # Jittered, so that a fleet does not reconnect in step.
-        self._renew_at_s = time.monotonic() + self._renew_s * random.uniform(0.8, 1.2)
+        self._renew_at_s = time.monotonic() + self._renew_s * _random.uniform(0.8, 1.2)
 
     def next(self, timeout_s: float) -> Sequence[Batch]:
         deadline_s = time.monotonic() + timeout_s
