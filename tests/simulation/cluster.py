@@ -966,11 +966,11 @@ class Cluster:
 
     def is_settled(self) -> bool:
         """All workers follow the mirror, which is fed by the one relay that leads, the authority's one watcher."""
+        leaders = [relay for relay in self.relays if relay.relay.leads]
         if self.own_labels and not self.may_write[1]:
             # A restored history that a relay may not rename has another name in the mirror than at the authority.
             # Asked each time: the restore may be found out only now.
-            return True
-        leaders = [relay for relay in self.relays if relay.relay.leads]
+            return self.has_converged() and len(leaders) == 1
         return (
             self.has_converged()
             and all(worker.on_mirror for worker in self.workers)
