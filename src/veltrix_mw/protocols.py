@@ -95,6 +95,7 @@ class Listing:
     the store's own; `ignored` how many keys were passed over because they are none of ours, by their shape. `age_s` is
     how old this was when it was asked for: 0 from the authority itself, the relay's own age from a mirror.
     `passed_over` says why the mirror was not asked for it by a process that had nothing yet, empty otherwise.
+    `lazy` are the prefixes that a mirror left out.
     """
 
     position: Position
@@ -103,6 +104,7 @@ class Listing:
     ignored: int = 0
     age_s: float = 0.0
     passed_over: str = ""
+    lazy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class Batch:
     """One revision, whole: its changes to eager keys (each key once, perhaps none) and its record.
 
     `position` is the position once it is applied; `previous` the namespace's revision before it. `origin` is the tier
-    that it came from, empty for the store's own.
+    that it came from, empty for the store's own; `lazy` are the prefixes that a mirror left out.
     """
 
     position: Position
@@ -118,6 +120,7 @@ class Batch:
     changes: tuple[RawChange, ...]
     record: ChangeRecord = field(default_factory=ChangeRecord)
     origin: str = ""
+    lazy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,8 +132,8 @@ class NeverComesBack(Tiers):
 class NeverLeavesAStaleMirror(Tiers):
     """Follows a mirror that nobody feeds."""
 
-    def _judged(self, state: MirrorState, sent_at_s: float) -> tuple[str, str, float]:
-        return super()._judged(replace(state, age_s=min(state.age_s, 1.0)), sent_at_s)
+    def _judged(self, state: MirrorState, sent_at_s: float, *, alone: bool) -> tuple[str, str, float]:
+        return super()._judged(replace(state, age_s=min(state.age_s, 1.0)), sent_at_s, alone=alone)
 
 
 class BelievesAMirrorThatIsBehind(Tiers):

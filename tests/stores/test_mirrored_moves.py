@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
+from veltrix_mw.errors import AuthFailed, Compacted, StoreError, StoreUnavailable
 from veltrix_mw.protocols import (
     Batch,
     Confirmation,
@@ -27,11 +27,14 @@ from veltrix_mw.stores.tiers import Tier
 HERE = Position("one", 5, "mark-5")
 
 
-class Quiet:
-    """A watch that brings nothing."""
+class Bringing:
+    """A watch that brings the same each time."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
 
     def next(self, timeout_s: float) -> Sequence[Batch]:
-        return ()
+        return self._batches
 
     def close(self) -> None:
         return None
@@ -45,6 +48,11 @@ class Scripted:
         self.fails: StoreError | None = None
         self.watch_fails: StoreError | None = None
         self.stands = HERE
+        self.listed: Position | None = None  # where it stands by the time it is listed, if elsewhere
+        self.lazy: tuple[str, ...] = ()
+        self.lists_without: tuple[str, ...] = ()
+        self.granted_s: list[float] = []
+        self.brings: Sequence[Batch] = ()
         self.asked: list[str] = []
 
     def _ask(self, what: str) -> None:
@@ -53,14 +61,15 @@ class Scripted:
             raise self.fails
 
     def list(self, *, timeout_s: float) -> Listing:
+        self.granted_s.append(timeout_s)
         self._ask("list")
-        return Listing(self.stands, [], origin=self.info.origin)
+        return Listing(self.listed or self.stands, [], origin=self.info.origin, lazy=self.lists_without or self.lazy)
 
     def watch(self, position: Position, *, timeout_s: float) -> Watch:
         self._ask("watch")
         if self.watch_fails is not None:
             raise self.watch_fails
-        return Quiet()
+        return Bringing(self.brings)
 
     def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
         self._ask("confirm")
@@ -70,7 +79,7 @@ class Scripted:
 
     def state(self, *, timeout_s: float) -> MirrorState:
         self._ask("state")
-        return MirrorState(self.stands, age_s=1.0)
+        return MirrorState(self.stands, lazy=self.lazy, age_s=1.0)
 
 
 class Rig:
@@ -224,3 +233,86 @@ def test_a_new_incarnation_is_taken_from_the_mirror_where_the_authority_does_not
     rig.authority.fails = StoreUnavailable("no route")
     rig.now_s += 10
     assert rig.store.list(timeout_s=1).position == rig.mirror.stands
+
+
+def test_an_incarnation_that_a_mirror_took_on_as_it_was_listed_is_vouched_for_too() -> None:
+    rig = Rig()
+    rig.store.list(timeout_s=1)
+    rig.mirror.listed = Position("staging", 9, "mark-9")
+    rig.now_s += 10
+    with pytest.raises(Moved, match="does not have"):
+        rig.store.list(timeout_s=1)
+    assert rig.authority.asked == ["confirm"]
+
+
+@pytest.mark.parametrize("how", ["watch", "confirm"])
+def test_what_is_followed_through_a_mirror_that_leaves_out_more_now_is_listed_at_the_authority(how: str) -> None:
+    """It was filled at the revision that was followed, and a later one came without the changes that it leaves out."""
+    rig = Rig()
+    rig.store.list(timeout_s=1)
+    later = Position("one", 6, "mark-6")
+    if how == "watch":
+        rig.mirror.brings = [Batch(later, 5, (), lazy=("tenants/",))]
+        with pytest.raises(Compacted, match="leaves out"):
+            rig.store.watch(HERE, timeout_s=1).next(0)
+        rig.mirror.lazy = ("tenants/",)
+    else:
+        rig.mirror.lazy = ("tenants/",)
+        with pytest.raises(Compacted, match="leaves out tenants/"):
+            rig.store.confirm(later, timeout_s=1)
+    rig.authority.stands = later
+    with pytest.raises(Moved) as moved:
+        rig.store.list(timeout_s=1)
+    rig.now_s += moved.value.after_s
+    assert rig.store.list(timeout_s=1).origin == "etcd"
+
+
+def test_a_mirror_that_left_out_more_as_it_was_listed_is_not_taken() -> None:
+    rig = Rig()
+    rig.mirror.lists_without = ("tenants/",)
+    assert rig.store.list(timeout_s=1).origin == "etcd"
+
+
+def test_a_worker_that_loses_its_authority_takes_a_new_incarnation_of_a_mirror_that_is_well() -> None:
+    rig = Rig()
+    rig.at_authority()
+    rig.authority.fails, rig.mirror.fails = StoreUnavailable("no route"), None
+    rig.mirror.stands = Position("two", 3, "mark-3")
+    for _ in range(100):
+        rig.now_s += 1
+        try:
+            rig.store.watch(HERE, timeout_s=1)
+        except Moved as moved:
+            rig.now_s += moved.after_s
+            break
+        except StoreUnavailable:
+            continue
+    assert rig.store.list(timeout_s=1).position == rig.mirror.stands
+
+
+def test_a_mirror_that_hangs_as_it_is_listed_leaves_a_start_time_for_the_authority() -> None:
+    rig = Rig()
+
+    def hang(*, timeout_s: float) -> Listing:
+        rig.now_s += timeout_s
+        raise StoreUnavailable("it hangs")
+
+    rig.mirror.list = hang  # type: ignore[method-assign]
+    assert rig.store.list(timeout_s=10).origin == "etcd"
+    assert rig.authority.granted_s == [5]
+
+
+def test_a_forked_child_knows_what_its_parent_knew_of_the_authority() -> None:
+    rig = Rig()
+    rig.store.list(timeout_s=1)
+    rig.store._learned(Position("two", 3, "mark-3"), rig.now_s)
+    rig.store._tiers.doubt("two", now_s=rig.now_s)
+    parents = rig.store.tiers
+    rig.store._pid = -1
+    with contextlib.suppress(StoreError):
+        rig.store.list(timeout_s=1)
+    tiers = rig.store.tiers
+    assert tiers is not parents
+    assert tiers.known == parents.known
+    for left in (HERE, Position("two", 9, "mark-9")):
+        assert tiers.refuses(MirrorState(left, age_s=1.0), sent_at_s=rig.now_s)

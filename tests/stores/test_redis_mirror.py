@@ -225,6 +225,20 @@ def test_a_fill_replaces_all_there_was(relay: Relay, server: RedisServer) -> Non
     assert (entry_id, fields[b"relist"]) == (f"{authority.position.revision}-0".encode(), b"1")
     assert listed(relay.mirror) == authority.state
     assert relay.mirror.state(timeout_s=WITHIN_S).lazy == ("tenants/", "users/")
+    assert relay.mirror.list(timeout_s=WITHIN_S).lazy == ("tenants/", "users/")
+
+
+def test_each_revision_says_what_it_leaves_out_also_to_who_followed_before_the_fill(relay: Relay) -> None:
+    relay.write({"a": b"4"})
+    watch = relay.mirror.watch(relay.authority.position, timeout_s=WITHIN_S)
+    try:
+        relay.fill(lazy=("tenants/", "users/"))
+        relay.write({})
+        batches: list[Batch] = []
+        wait_until(lambda: batches.extend(watch.next(0.1)) or batches, WITHIN_S, reason="the revision after the fill")
+    finally:
+        watch.close()
+    assert [batch.lazy for batch in batches] == [("tenants/", "users/")]
 
 
 def test_a_large_fill_is_sent_in_pieces_and_leaves_nothing_behind(

@@ -48,7 +48,10 @@ DISOWNED_S: Final = 5.0
 """How long a mirror is not listened to whose incarnation the authority does not have: until that is followed."""
 
 FIRST_LOOK_TIMEOUT_S: Final = 1.0
-"""What a start grants the mirror, before the authority is asked."""
+"""What a start grants the mirror to say where it stands, before the authority is asked."""
+
+FIRST_LIST_SHARE: Final = 0.5
+"""How much of a start's time it is granted to tell all that it holds: the rest is the authority's."""
 
 
 class MirroredStore:
@@ -98,7 +101,8 @@ class MirroredStore:
         self._renew_after_fork()
         deadline_s = self._clock() + timeout_s
         if self._chosen() is Tier.MIRROR:
-            listing = self._list_of_mirror(timeout_s, needs_fresh=not self._served)
+            granted_s = timeout_s if self._served else timeout_s * FIRST_LIST_SHARE
+            listing = self._list_of_mirror(granted_s, needs_fresh=not self._served)
             if listing is not None:
                 return listing
             if self._served:
@@ -162,6 +166,9 @@ class MirroredStore:
             raise StoreUnavailable(f"the mirror does not say where it stands: {self._tiers.fault}")
         with self._lock:
             refused = self._tiers.refuses(state, sent_at_s=sent_at_s)
+        if not self._is_covered(state.lazy):
+            # It may have been filled so at the revision that was followed, and told of later ones without them.
+            raise Compacted(f"the mirror was filled anew: {refused}; list again")
         if refused:
             raise StoreUnavailable(f"the mirror is not believed: {refused}")
         if state.position.incarnation != position.incarnation:
@@ -174,13 +181,17 @@ class MirroredStore:
             state.position.incarnation,
             state.position.revision,
             # A mirror that leaves out less than this process counts what this process does not hold.
-            state.count if self._is_alike(state) else None,
+            state.count if self._is_alike(state.lazy) else None,
             age_s=state.age_s,
-            digest=state.digest if self._is_alike(state) else None,
+            digest=state.digest if self._is_alike(state.lazy) else None,
         )
 
-    def _is_alike(self, state: MirrorState) -> bool:
-        return set(state.lazy) == set(self.info.lazy)
+    def _is_covered(self, left_out: Sequence[str]) -> bool:
+        """Whether a mirror that leaves out these prefixes has all that this process reads eagerly."""
+        return set(left_out) <= set(self.info.lazy)
+
+    def _is_alike(self, left_out: Sequence[str]) -> bool:
+        return set(left_out) == set(self.info.lazy)
 
     def _is_eager(self, key: str) -> bool:
         return not key.startswith(self.info.lazy)
@@ -234,13 +245,17 @@ class MirroredStore:
         except StoreError as exc:
             self._note_failure(exc)
             return None
-        held = MirrorState(listing.position, lazy=state.lazy, age_s=listing.age_s)
+        held = MirrorState(listing.position, lazy=listing.lazy, age_s=listing.age_s)
         with self._lock:
             if self._tiers.refuses(held, sent_at_s=sent_at_s):
-                return None  # it went back while it was listed
+                return None  # it went back, or was filled otherwise, while it was listed
+            is_new = self._tiers.is_new(listing.position)
+        is_another = listing.position.incarnation != state.position.incarnation
+        if is_new and is_another and not self._is_vouched_for(listing.position):
+            return None
         self._learned(listing.position, sent_at_s - listing.age_s)
         self._served = True
-        if self._is_alike(state):
+        if self._is_alike(listing.lazy):
             return listing
         return replace(listing, entries=[entry for entry in listing.entries if self._is_eager(entry[0])])
 
@@ -265,8 +280,8 @@ class MirroredStore:
             )
         return False
 
-    def _ask_mirror(self, timeout_s: float) -> MirrorState | None:
-        """Where the mirror stands, told to the tiers; None where it does not say."""
+    def _ask_mirror(self, timeout_s: float, *, alone: bool = False) -> MirrorState | None:
+        """Where the mirror stands, told to the tiers; None where it does not say. `alone`: the authority fails."""
         sent_at_s = self._clock()
         try:
             state = self.mirror.state(timeout_s=timeout_s)
@@ -274,7 +289,7 @@ class MirroredStore:
             self._note_failure(exc)
             return None
         with self._lock:
-            self._tiers.answered(state, sent_at_s=sent_at_s, now_s=self._clock())
+            self._tiers.answered(state, sent_at_s=sent_at_s, now_s=self._clock(), alone=alone)
         return state
 
     def _moved_back(self, error: StoreError) -> StoreError:
@@ -282,7 +297,7 @@ class MirroredStore:
         with self._lock:
             looking = self._tiers.is_looking_due(self._clock())
         if looking:
-            self._ask_mirror(LOOK_TIMEOUT_S)
+            self._ask_mirror(LOOK_TIMEOUT_S, alone=True)
         with self._lock:
             leaving, after_s = self._tiers.is_leaving, self._tiers.next_move_s(self._clock())
         if not leaving or self._tiers.current is Tier.MIRROR:
@@ -336,10 +351,8 @@ class MirroredStore:
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self._lock = threading.Lock()  # a thread of the parent may have held it
-            floor, known_s = self._tiers._floor, self._tiers._floor_known_s
-            self._tiers = self._new_tiers()
-            if floor is not None:
-                self._tiers.learned(floor, known_s=known_s)
+            parents, self._tiers = self._tiers, self._new_tiers()
+            self._tiers.inherit(parents)
 
 
 class _MirrorWatch:
@@ -364,6 +377,8 @@ class _MirrorWatch:
         store._unfollowed = 0
         if not batches:
             return batches
+        if not all(store._is_covered(batch.lazy) for batch in batches):
+            raise Compacted("the mirror leaves out what this process reads eagerly; list again")
         store._learned(batches[-1].position, -math.inf)
         if not store.info.lazy:
             return batches

@@ -204,7 +204,7 @@ class StreamEntry:
 
     `previous` is the position before it, of the incarnation that the entry has. `before` is what an authority's entry
     says of each changed key as it was: value and `mod_revision`, None where it was absent. `relist`: the changes are
-    not in here, list instead.
+    not in here, list instead. `left_out` are the prefixes whose changes a mirror's entry does not have.
     """
 
     position: Position
@@ -215,12 +215,13 @@ class StreamEntry:
     record: ChangeRecord
     relist: bool
     size: int
+    left_out: tuple[str, ...] = ()
 
     def batch(self, *, lazy: tuple[str, ...] = (), origin: str = "") -> Batch:
         changes = self.changes
         if lazy:
             changes = tuple(change for change in changes if not change.key.startswith(lazy))
-        return Batch(self.position, self.previous, changes, self.record, origin)
+        return Batch(self.position, self.previous, changes, self.record, origin, self.left_out)
 
 
 def stream_id(revision: int) -> str:
@@ -260,6 +261,7 @@ def stream_entry_of(entry_id: bytes, fields: Sequence[bytes]) -> StreamEntry:
             _record(said.get(b"record", b"")),
             b"relist" in said,
             size,
+            tuple(said.get(b"lazy", b"").decode().split()),
         )
     except (KeyError, ValueError):
         raise NotOurs(f"stream entry {_shown(entry_id)} that") from None
@@ -406,13 +408,18 @@ APPEND: Final = Script(
 -- and value
 if redis.call('GET', KEYS[3]) ~= ARGV[1] then return {'lost'} end
 local entries, revision = KEYS[1], ARGV[5]
-local meta = redis.call('HMGET', entries, '#format', '#kind', '#incarnation', '#revision', '#mark', '#token', '#bytes')
+local meta = redis.call('HMGET', entries, '#format', '#kind', '#incarnation', '#revision', '#mark', '#token', '#bytes',
+  '#lazy')
 if meta[1] and meta[2] ~= 'mirror' then return {'kind'} end
 if meta[1] ~= '1' or meta[3] ~= ARGV[3] or meta[4] ~= ARGV[4] then return {'elsewhere'} end
 if tonumber(meta[6] or '0') > tonumber(ARGV[2]) then return {'lost'} end
 local before = meta[7] or '0'
 local said = {'prev', meta[4] .. ' ' .. (meta[5] or ''), 'incarnation', ARGV[3], 'mark', ARGV[6], 'record', ARGV[7],
   'bytes', before}
+if meta[8] and meta[8] ~= '' then
+  said[#said + 1] = 'lazy'
+  said[#said + 1] = meta[8]
+end
 local put, gone = {}, {}
 for at = 13, #ARGV, 2 do
   local key = string.sub(ARGV[at], 2)

@@ -131,7 +131,8 @@ class RedisMirror:
 
     def list(self, *, timeout_s: float) -> Listing:
         listed = self._reader.list(timeout_s)
-        return Listing(listed.position, listed.ascending(), origin="redis", age_s=listed.age_s)
+        lazy = () if listed.meta is None else listed.meta.lazy
+        return Listing(listed.position, listed.ascending(), origin="redis", age_s=listed.age_s, lazy=lazy)
 
     def watch(self, position: Position, *, timeout_s: float) -> RedisWatch:
         return self._reader.watch(position, timeout_s=timeout_s, patience_s=self._timeout_s / 2, origin="redis")

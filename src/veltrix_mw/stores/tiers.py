@@ -113,12 +113,18 @@ class Tiers:
         if self.current is Tier.AUTHORITY:
             self._move_at_s = None
 
-    def answered(self, state: MirrorState, *, sent_at_s: float, now_s: float) -> None:
-        """The mirror said where it stands."""
+    def inherit(self, other: Tiers) -> None:
+        """Know what `other` knows of the authority: a fork's child, of its parent."""
+        self._floor, self._floor_known_s = other._floor, other._floor_known_s
+        self._left.extend(other._left)
+        self._doubted = other._doubted
+
+    def answered(self, state: MirrorState, *, sent_at_s: float, now_s: float, alone: bool = False) -> None:
+        """The mirror said where it stands; `alone`: and the authority does not answer."""
         self.mirror = state
         self._looks_failed = 0
         self._look_at_s = now_s + LOOK_EVERY_S * self._random.uniform(0.8, 1.2)
-        kind, why, patience_s = self._judged(state, sent_at_s)
+        kind, why, patience_s = self._judged(state, sent_at_s, alone=alone)
         if not why:
             self._well(now_s)
         else:
@@ -212,7 +218,7 @@ class Tiers:
 
     # Rules
 
-    def _judged(self, state: MirrorState, sent_at_s: float) -> tuple[str, str, float]:
+    def _judged(self, state: MirrorState, sent_at_s: float, *, alone: bool) -> tuple[str, str, float]:
         """What is wrong with the mirror: of which kind, in words, and for how long that is put up with (s)."""
         if sent_at_s < self._shunned[1]:
             return "unreachable", self._shunned[0], 0.0
@@ -225,7 +231,7 @@ class Tiers:
             return "stale", "its relay asked the authority never", STALE_AFTER_S
         if state.age_s > STALE_AFTER_S:
             return "stale", f"its relay asked the authority {state.age_s:.0f} s ago", 0.0
-        if self.current is Tier.AUTHORITY and self.is_new(state.position):
+        if self.current is Tier.AUTHORITY and not alone and self.is_new(state.position):
             return "behind", "it holds another incarnation than the authority", 0.0
         return "", "", 0.0
 
