@@ -24,9 +24,9 @@ CORE: Final = "veltrix_mw"
 RANKS: Final[tuple[frozenset[str], ...]] = (
     frozenset({"errors", "version", "faults", "forking", "keys", "pinning", "values", "telemetry"}),
     frozenset({"sorted_map", "snapshot"}),
-    frozenset({"operations", "protocols", "settings"}),
+    frozenset({"operations", "protocols", "settings", "findings"}),
     frozenset({"coalesce"}),
-    frozenset({"stores", "disk"}),
+    frozenset({"stores", "disk", "disk_probe"}),
     frozenset(
         {
             "validation",
@@ -59,6 +59,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "wsgi",
             "asgi",
             "testing",
+            "diagnosis",
             "pytest_plugin",
         }
     ),  # "" is the package itself
@@ -66,7 +67,9 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
 )
 
 # What the integrations, cli and admin may import from the core: names in the `__all__` of these.
-PUBLIC: Final = frozenset({CORE, *(f"{CORE}.{name}" for name in ("asgi", "wsgi", "request_layers", "testing", "cli"))})
+PUBLIC: Final = frozenset(
+    {CORE, *(f"{CORE}.{name}" for name in ("asgi", "wsgi", "request_layers", "testing", "diagnosis", "cli"))}
+)
 USERS: Final = (f"{CORE}.cli", f"{CORE}.admin", "flask_veltrix", "django_veltrix", "starlette_veltrix")
 
 # Who may import what is not the core's to depend on.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from veltrix_mw.errors import Compacted, StoreUnavailable
+from veltrix_mw.errors import AuthFailed, Compacted, StoreUnavailable
 from veltrix_mw.values import Missing
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "MirrorState",
     "MirrorWriter",
     "Moved",
+    "NotPermitted",
     "Position",
     "RawChange",
     "RawOperation",
@@ -184,6 +185,10 @@ class Moved(StoreUnavailable):
         super().__init__(message)
         self.after_s = after_s
         self.mended = mended
+
+
+class NotPermitted(AuthFailed):
+    """The store took the credentials, and they do not allow this."""
 
 
 class Restored(Compacted):

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from veltrix_mw.cli.demo_verb import demo
+from veltrix_mw.cli.doctor import doctor
 from veltrix_mw.cli.failure import EXIT_CODES, PIPE_CLOSED, exit_code, silence_stdout, tell
 from veltrix_mw.cli.following import watch
 from veltrix_mw.cli.health import status
@@ -91,13 +92,13 @@ def main(ctx: click.Context, session: Session) -> None:
     veltrix put checkout/max_items 80
     veltrix get checkout/max_items
 
-    --url, --mirror, --namespace and --json stand before or after the verb. A mirror matters to watch, status and
-    relay; all others ask the authority alone.
+    --url, --mirror, --namespace and --json stand before or after the verb. A mirror matters to watch, status,
+    doctor and relay; all others ask the authority alone.
     """
     ctx.obj = session
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-for verb in (get, put, delete, list_, watch, history, rollback, import_, export, status, relay, demo):
+for verb in (get, put, delete, list_, watch, history, rollback, import_, export, status, doctor, relay, demo):
     main.add_command(verb)

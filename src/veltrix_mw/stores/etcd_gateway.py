@@ -25,6 +25,7 @@ from typing import Final, TypeVar
 from urllib3.util import ssl_wrap_socket
 
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, StoreError, StoreUnavailable
+from veltrix_mw.protocols import NotPermitted
 from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.etcd_messages import (
     Answer,
@@ -654,7 +655,7 @@ class Gateway:
             return AuthFailed(f"etcd at {where} refused user {self._user!r} with this password; check both")
         if "permission denied" in message:
             who = f"user {self._user!r}" if self._user else "this client"
-            return AuthFailed(f"etcd at {where} does not permit this to {who}; {self._remedy}")
+            return NotPermitted(f"etcd at {where} does not permit this to {who}; {self._remedy}")
         if "CommonName" in message:
             return AuthFailed(
                 f"etcd at {where} takes no client certificate with a common name through its gateway while it has "

@@ -1,4 +1,4 @@
-"""Opening: from a URL to the store, or the mirror, that it names.
+"""Opening: from a URL to the store, the mirror or the probe that it names.
 
 Owns which scheme is which store, and imports a backend only when its scheme is asked for.
 """
@@ -14,9 +14,12 @@ from veltrix_mw.protocols import Store
 from veltrix_mw.settings import StoreUrl
 
 if TYPE_CHECKING:
+    from veltrix_mw.stores.etcd_probe import EtcdProbe
     from veltrix_mw.stores.redis_mirror import RedisMirror
+    from veltrix_mw.stores.redis_probe import RedisProbe
+    from veltrix_mw.stores.sqlite_probe import SqliteProbe
 
-__all__ = ["open_mirror", "open_store"]
+__all__ = ["open_mirror", "open_mirror_probe", "open_probe", "open_store"]
 
 
 def open_store(url: StoreUrl, *, lazy: Sequence[str] = ()) -> Store:
@@ -64,6 +67,38 @@ def open_mirror(url: StoreUrl) -> RedisMirror:
     options: dict[str, Any] = dict(url.options)
     ((host, port),) = url.hosts
     return RedisMirror(host, port, db=url.db, **_server(url), **options)
+
+
+def open_probe(url: StoreUrl, *, timeout_s: float) -> EtcdProbe | RedisProbe | SqliteProbe:
+    """What looks for faults between here and the authority of `url`; nothing is connected before its first check.
+
+    Raises `SettingsError` as `open_store`. There is none for `memory://`, which is in this process.
+    """
+    match url.scheme:
+        case "sqlite":
+            from veltrix_mw.stores.sqlite_probe import SqliteProbe
+
+            return SqliteProbe(url, timeout_s=timeout_s)
+        case "etcd" | "etcds":
+            with _driver(url, "urllib3", extra="etcd"):
+                from veltrix_mw.stores.etcd_probe import EtcdProbe
+
+            return EtcdProbe(url, timeout_s=timeout_s)
+        case "redis" | "rediss":
+            with _driver(url, "redis", extra="redis"):
+                from veltrix_mw.stores.redis_probe import RedisProbe
+
+            return RedisProbe(url, role="authority", timeout_s=timeout_s)
+        case _:
+            raise AssertionError(f"there is no probe for {url.scheme}")
+
+
+def open_mirror_probe(url: StoreUrl, *, lazy: Sequence[str], timeout_s: float) -> RedisProbe:
+    """What looks for faults between here and the mirror of `url`, read with these `lazy` prefixes."""
+    with _driver(url, "redis", extra="redis"):
+        from veltrix_mw.stores.redis_probe import RedisProbe
+
+    return RedisProbe(url, role="mirror", lazy=lazy, timeout_s=timeout_s)
 
 
 def _server(url: StoreUrl) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from redis.connection import Connection as _DriverConnection
 
 from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
+from veltrix_mw.protocols import NotPermitted
 from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
 
 __all__ = ["Command", "Connection", "RedisLink"]
@@ -152,6 +153,19 @@ class Connection:
             for at, given in enumerate(arguments)
         ]
         return self.pipeline(commands)
+
+    def try_writing(self, stream: str) -> None:
+        """Raise what a write to `stream` by a script would meet; changes nothing, whether or not the stream is there.
+
+        Redis looks at permission, role, disk and memory before it refuses an entry whose id is 0-0.
+        """
+        with contextlib.suppress(errors.NoScriptError):
+            self.execute("EVALSHA", "0" * 40, 0)
+        try:
+            self.execute("XADD", stream, "0-0", "never", "written")
+        except errors.ResponseError as exc:
+            if "must be greater than 0-0" not in str(exc):
+                raise
 
     def _reply(self) -> Any:
         try:
@@ -481,7 +495,7 @@ class RedisLink:
             )
         return StoreError(f"{url} refused a command ({code or 'ERR'}); its log and `redis-cli MONITOR` may say more")
 
-    def _not_permitted(self, text: str) -> AuthFailed:
+    def _not_permitted(self, text: str) -> NotPermitted:
         named = _REFUSED_COMMAND.search(text)
         base = self._names.base
         if named is not None:
@@ -491,7 +505,7 @@ class RedisLink:
         else:
             lacking = "a command that a script calls; see the list"
         who = f"user {self._user!r}" if self._user else "the default user"
-        return AuthFailed(
+        return NotPermitted(
             f"the ACL of {who} at {self.url} lacks {lacking}. docs/redis-layout.md lists what workers, relay and "
             "writers need (redis-cli: ACL SETUSER)"
         )

@@ -1,0 +1,197 @@
+"""The diagnosis: what may be wrong between this machine and a namespace, looked at in the order that it would matter.
+
+Owns which parts are looked at, and what authority and mirror must agree on; each store's probe knows its own. Needs no
+app and no client, follows nothing, and leaves no key behind on any server.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from threading import Event
+from typing import TYPE_CHECKING, Final, Protocol
+
+from veltrix_mw.errors import SettingsError
+from veltrix_mw.findings import Finding, Said, State, Step, examine, fail, not_made, ok, warn
+from veltrix_mw.keys import check_prefix
+from veltrix_mw.protocols import Position
+from veltrix_mw.settings import StoreUrl, find_mirror_url, find_url, parse_url
+from veltrix_mw.stores.opening import open_mirror_probe, open_probe, open_store
+
+if TYPE_CHECKING:
+    from veltrix_mw.stores.redis_probe import RedisProbe
+
+__all__ = ["AUTHORITY", "LAST_KNOWN_GOOD", "MIRROR", "Finding", "State", "diagnose"]
+
+AUTHORITY: Final = "authority"
+MIRROR: Final = "mirror"
+LAST_KNOWN_GOOD: Final = "last-known-good"
+
+CALL_TIMEOUT_S: Final = 2.0
+"""How long a check waits for a server: what a call waits by default. A URL's own `timeout_s` counts, up to ..."""
+
+CALL_TIMEOUT_MOST_S: Final = 5.0
+"""... this: a diagnosis is to end while somebody waits for it."""
+
+_SETTLE_S: Final = 2.0  # what is on its way to a mirror that is fed comes within milliseconds
+_AGAIN_S: Final = 0.1
+
+
+class Probe(Protocol):
+    """What looks at one store. `position` is where it stands, None where that was not read."""
+
+    position: Position | None
+
+    @property
+    def steps(self) -> tuple[Step, ...]: ...
+
+    def close(self) -> None: ...
+
+
+def diagnose(
+    url: str | None = None,
+    *,
+    mirror: str | None = None,
+    namespace: str | None = None,
+    lazy: Sequence[str] = (),
+    last_known_good: str | os.PathLike[str] | None = None,
+) -> Iterator[Finding]:
+    """Look at authority, mirror and last-known-good folder; yields each finding as it is made.
+
+    The arguments mean what they mean to `ConfigClient`, environment included; what is wrong with a URL is a finding.
+    Raises `SettingsError` where `lazy` holds no prefixes. Each check ends within some seconds.
+    """
+    try:
+        prefixes = tuple(check_prefix(prefix) for prefix in lazy)
+    except ValueError as exc:
+        raise SettingsError(f"lazy: {exc}") from exc
+    with ExitStack() as stack:
+        parsed, said = _parsed_authority(url, namespace)
+        probe: Probe | None = None
+        if parsed is not None:
+            try:
+                probe = stack.enter_context(closing(open_probe(parsed, timeout_s=_timeout_s(parsed))))
+            except SettingsError as exc:
+                said = fail(str(exc))
+        yield from examine(AUTHORITY, [Step("url", lambda: said), *(() if probe is None else probe.steps)])
+        mirror = find_mirror_url(None) if mirror is None else mirror
+        if mirror:
+            yield from _mirror_findings(mirror, parsed, probe, prefixes, stack)
+    if last_known_good is not None:
+        yield from _folder_findings(last_known_good, parsed)
+
+
+def _parsed_authority(url: str | None, namespace: str | None) -> tuple[StoreUrl | None, Said]:
+    try:
+        parsed = parse_url(find_url(url), namespace=namespace)
+    except SettingsError as exc:
+        return None, fail(str(exc))
+    if parsed.scheme == "memory":
+        return None, fail("a memory:// store lives in one process; name one that is shared, as sqlite:///config.db")
+    return parsed, ok(parsed.redacted)
+
+
+def _timeout_s(url: StoreUrl) -> float:
+    return min(CALL_TIMEOUT_MOST_S, float(url.options.get("timeout_s", CALL_TIMEOUT_S)))
+
+
+def _mirror_findings(
+    url: str, authority: StoreUrl | None, authority_probe: Probe | None, lazy: tuple[str, ...], stack: ExitStack
+) -> Iterator[Finding]:
+    parsed, said, agreed = _parsed_mirror(url, authority)
+    steps = [Step("url", lambda: said), Step("namespace", lambda: agreed, needs=("url",))]
+    probe: RedisProbe | None = None
+    if parsed is not None:
+        try:
+            probe = open_mirror_probe(parsed, lazy=lazy, timeout_s=_timeout_s(parsed))
+        except SettingsError as exc:
+            said = fail(str(exc))
+        else:
+            stack.callback(probe.close)
+            found = probe
+            steps += [
+                *probe.steps,
+                Step("agreement", lambda: _agreement(authority_probe, found), needs=("namespace", "read")),
+            ]
+    yield from examine(MIRROR, steps)
+
+
+def _parsed_mirror(url: str, authority: StoreUrl | None) -> tuple[StoreUrl | None, Said, Said]:
+    """The mirror's URL, what to say of it, and of its namespace."""
+    unsaid = not_made("the authority's URL names none")
+    given = None if authority is None else authority.namespace
+    try:
+        own = _own_namespace(url)
+        parsed = parse_url(url, namespace=own or given or "unknown")
+        if parsed.scheme not in {"redis", "rediss"}:
+            raise SettingsError(f"a mirror is a Redis, for example redis://h4:6379/0; not {parsed.scheme}://")
+    except SettingsError as exc:
+        return None, fail(str(exc)), unsaid
+    said = ok(parsed.redacted)
+    if given is None:
+        return (parsed if own else None), said, unsaid
+    if own is not None and own != given:
+        return (
+            replace(parsed, namespace=given),
+            said,
+            fail(
+                f"the authority's namespace is {given!r}, and the mirror's URL names {own!r}: leave ?namespace= out "
+                "there, a mirror takes the authority's"
+            ),
+        )
+    return parsed, said, ok(f"{given!r}, the authority's")
+
+
+def _own_namespace(url: str) -> str | None:
+    """The namespace that a mirror's URL names, None for none; what else is wrong with it is for others to tell."""
+    try:
+        return parse_url(url).namespace
+    except SettingsError:
+        return None
+
+
+def _agreement(authority: Probe | None, mirror: RedisProbe) -> Said:
+    """Whether the mirror holds the authority's history, and how far it is behind."""
+    if authority is None or authority.position is None:
+        return not_made("the authority did not say where it stands")
+    ahead, end_s, pause = authority.position, time.monotonic() + _SETTLE_S, Event()
+    while True:
+        position = mirror.position
+        assert position is not None
+        if not position.incarnation:
+            return not_made("the mirror is empty")
+        behind = ahead.revision - position.revision
+        if position.incarnation == ahead.incarnation and behind <= 0:
+            return ok(f"both at incarnation {ahead.incarnation}, the mirror at revision {position.revision}")
+        if time.monotonic() >= end_s:
+            break
+        pause.wait(_AGAIN_S)
+        mirror.look_again()
+    if position.incarnation != ahead.incarnation:
+        return fail(
+            f"the mirror holds incarnation {position.incarnation}, the authority {ahead.incarnation or 'none'}: it is "
+            "fed from another authority, or from this one before a restore. Give each authority a db or namespace of "
+            "its own; a relay of this one fills it anew"
+        )
+    return warn(
+        f"the mirror is at revision {position.revision}, {behind} behind the authority's {ahead.revision}, and does "
+        "not catch up: look at the relay and its log"
+    )
+
+
+def _folder_findings(folder: str | os.PathLike[str], authority: StoreUrl | None) -> Iterator[Finding]:
+    from veltrix_mw.disk_probe import DiskProbe
+
+    if authority is None:
+        why = "because of the authority's url, which names the namespace"
+        yield Finding(LAST_KNOWN_GOOD, "folder", State.NOT_MADE, why)
+        return
+    try:
+        origin = open_store(authority).info.url
+    except SettingsError:  # its driver is missing, which was told
+        origin = authority.redacted
+    probe = DiskProbe(folder, namespace=authority.namespace, origin_url=origin)
+    yield from examine(LAST_KNOWN_GOOD, probe.steps)

@@ -1,0 +1,337 @@
+"""The probe of etcd: what may be wrong between this machine and a namespace there, one check after the other.
+
+Owns what is asked for the sake of a diagnosis. Writes nothing: whether it might is asked by transactions whose
+condition cannot hold, so etcd looks at the permissions, and changes neither a key nor its revision.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
+from typing import Any, Final
+
+from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
+from veltrix_mw.findings import Said, Step, fail, not_made, ok, warn
+from veltrix_mw.protocols import NotPermitted, Position
+from veltrix_mw.settings import StoreUrl
+from veltrix_mw.stores.etcd_gateway import Gateway, Tls
+from veltrix_mw.stores.etcd_messages import (
+    Answer,
+    Compare,
+    Message,
+    Operation,
+    Range,
+    Ranged,
+    Transacted,
+    Transaction,
+)
+from veltrix_mw.stores.etcd_space import Space
+from veltrix_mw.stores.network_probe import Fault, Host, NetworkProbe, TlsFiles, ask_each, judged, shown, tls_context
+from veltrix_mw.stores.pace import clock_said, pace_said
+
+__all__ = ["EtcdProbe"]
+
+# From etcd's own change logs: which version mended what concerns a follower.
+_MENDED: Final[tuple[tuple[tuple[int, int, int], str], ...]] = (
+    ((3, 4, 34), "its watches may lose changes around a compaction"),
+    ((3, 5, 3), "its members may come to hold different data"),
+    ((3, 5, 8), "its watches may go back in time when a member catches up from a snapshot"),
+    ((3, 5, 16), "its watches may lose changes around a compaction"),
+)
+_OLDEST: Final = (3, 4, 0)  # whose gateway answers at /v3
+_CALLS: Final = 5  # for the round trip: the median of few is not the first one's connection
+
+
+class _StatusAsked(Message, frozen=True):
+    pass
+
+
+class _Status(Answer, frozen=True):
+    """A member's state; `leader` is its leader's id, "0" or empty while it has none."""
+
+    version: str = ""
+    leader: str = ""
+    errors: tuple[str, ...] = ()
+
+
+class EtcdProbe:
+    """Looks at a namespace in etcd. `position` is where it stands, once it was read."""
+
+    def __init__(self, url: StoreUrl, *, timeout_s: float) -> None:
+        options: dict[str, Any] = dict(url.options)
+        self._namespace = url.namespace
+        self._space = Space(
+            url.namespace, prefix=options.get("prefix"), lazy=(), is_text=options.get("values") == "text"
+        )
+        self._user = url.user
+        self._password = url.password
+        self._files = TlsFiles(options.get("ca"), options.get("cert"), options.get("key")) if url.tls else None
+        self._timeout_s = timeout_s
+        self._network = NetworkProbe(url.hosts, tls=self._files, plain="etcd", secure="etcds", timeout_s=timeout_s)
+        self._named = len(url.hosts)
+        self._statuses: dict[Host, _Status] = {}
+        self._leaderless: list[Host] = []
+        self._gateways: list[Gateway] = []
+        self._as_user: Gateway | None = None
+        self._label = ""
+        self._newest = 0
+        self.position: Position | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return (
+            *self._network.steps,
+            Step("service", self._service, needs=("tls",)),
+            Step("quorum", self._quorum, needs=("service",)),
+            Step("authentication", self._authentication, needs=("quorum",)),
+            Step("read", self._read, needs=("authentication",)),
+            Step("bookkeeping", self._bookkeeping, needs=("authentication",)),
+            Step("write", self._write, needs=("authentication",)),
+            Step("version", self._version, needs=("service",)),
+            Step("clock", self._clock, needs=("service",)),
+            Step("round trip", self._round_trip, needs=("authentication",)),
+        )
+
+    def close(self) -> None:
+        for gateway in self._gateways:
+            gateway.close()
+
+    # --- who answers
+
+    def _service(self) -> Said:
+        results = ask_each(self._network.reached, self._status, self._timeout_s + 1)
+        for host, result in results.items():
+            if isinstance(result, _Status):
+                self._statuses[host] = result
+        told = {
+            host: result if isinstance(result, Fault) else f"{shown(host)} answers through its gateway"
+            for host, result in results.items()
+        }
+        self._network.reached, said = judged(told, join=", ")
+        return said
+
+    def _status(self, host: Host) -> _Status:
+        gateway = self._gateway([host], as_user=False)
+        deadline_s = time.monotonic() + self._timeout_s
+        try:
+            return gateway.call("/v3/maintenance/status", _StatusAsked(), _Status, deadline_s=deadline_s)
+        except AuthFailed as exc:
+            if self._files is not None and "certificate" in str(exc):
+                raise Fault(str(exc)) from exc
+            return _Status(leader="?")  # it answers, and has users: what it says of itself is not for everybody
+        except StoreError as exc:
+            text = str(exc)
+            if "no leader" in text:
+                self._leaderless.append(host)
+                return _Status()
+            if "did not answer in time" in text:
+                text += "; it takes connections: is the process stopped, or its machine overloaded?"
+            raise Fault(text) from exc
+
+    def _quorum(self) -> Said:
+        answering = len(self._statuses)
+        leaderless = [*self._leaderless, *(host for host, each in self._statuses.items() if each.leader in {"", "0"})]
+        without = ", ".join(dict.fromkeys(map(shown, leaderless)))
+        remedy = (
+            f"{answering} of the {self._named} members named in the URL answer, and more than half of the cluster's "
+            "must be up and see each other: start the others, and look at their network"
+        )
+        if len(set(leaderless)) == answering:
+            return fail(f"no member has a leader, so nothing is read or written: {remedy}")
+        self._network.reached = [host for host in self._network.reached if host not in leaderless]
+        try:
+            with self._calling(as_user=False) as gateway:
+                self._range(gateway, Range(self._space.label, count_only=True))
+        except AuthFailed:
+            pass  # whom it serves is the next question: this one was answered by a majority
+        except StoreUnavailable as exc:
+            return fail(f"a read that a majority must confirm was not answered ({exc}): {remedy}")
+        if without:
+            return warn(f"a majority answers, but {without} has no leader: look at its network to the others")
+        return ok("a majority of the members answers")
+
+    def _authentication(self) -> Said:
+        try:
+            with self._calling() as gateway:
+                self._range(gateway, Range(self._space.label, count_only=True))
+        except NotPermitted:
+            pass  # a matter of permissions: it was let in
+        if self._user is None:
+            return ok("no user is given, and none is asked for")
+        return ok(f"as user {self._user!r}")
+
+    # --- what it may do
+
+    def _read(self) -> Said:
+        space = self._space
+        prefix = space.prefix.decode("utf-8", "backslashreplace")
+        newest = Range(space.prefix, space.end, limit=1, sort_order="DESCEND", sort_target="MOD", keys_only=True)
+        try:
+            with self._calling() as gateway:
+                found = self._range(gateway, newest)
+        except NotPermitted:
+            return fail(f"{self._who} may not read {prefix!r}: {self._grant('read', prefix)}")
+        self._newest = found.kvs[0].mod_revision if found.kvs else 0
+        if not found.count:
+            return warn(f"nothing lies below {prefix!r}: nothing was written yet, or the URL names another namespace")
+        return ok(f"{_count(found.count, 'key')} below {prefix!r}, the newest of revision {self._newest}")
+
+    def _bookkeeping(self) -> Said:
+        space = self._space
+        asked = Transaction([Operation.range(Range(space.label)), Operation.range(Range(space.change))])
+        try:
+            with self._calling() as gateway:
+                label, change = gateway.call(
+                    "/v3/kv/txn", asked, Transacted, deadline_s=time.monotonic() + self._timeout_s
+                ).ranges
+        except NotPermitted:
+            return fail(
+                f"{self._who} may not read {self._bookkept!r}, where a follower finds incarnation and record: "
+                f"{self._grant('read', self._bookkept)}"
+            )
+        self._label = label.kvs[0].value.decode("utf-8", "replace") if label.kvs else ""
+        revision = max(self._newest, change.kvs[0].mod_revision if change.kvs else 0)
+        self.position = Position(self._label, revision)
+        if not label.kvs:
+            return ok(f"{self._bookkept!r} can be read; it has no incarnation yet, the first write makes it")
+        return ok(f"incarnation {self._label}")
+
+    def _write(self) -> Said:
+        space = self._space
+        prefix = space.prefix.decode("utf-8", "backslashreplace")
+        barred = []
+        for name, told in (
+            (space.prefix + b"veltrix-doctor", prefix),
+            (space.change, space.change.decode()),
+            (space.label, space.label.decode()),
+        ):
+            never = Transaction([Operation.put(name, b"0")], [Compare.at(name, -1)])
+            try:
+                with self._calling() as gateway:
+                    gateway.call("/v3/kv/txn", never, Transacted, deadline_s=time.monotonic() + self._timeout_s)
+            except NotPermitted:
+                barred.append(told)
+        if not barred:
+            return ok("this is permitted (asked by transactions that cannot hold: nothing was written)")
+        return warn(
+            f"{self._who} may read and not write {', '.join(map(repr, barred))}: right for a worker. To write, "
+            f"{self._grant('readwrite', prefix)}, and {self._bookkept!r} likewise"
+        )
+
+    # --- how it is
+
+    def _version(self) -> Said:
+        versions = {host: each.version for host, each in self._statuses.items() if each.version}
+        alarms = sorted(
+            {error for each in self._statuses.values() for error in each.errors if "alarm" in error.lower()}
+        )
+        if not versions:
+            return not_made("no member told its version")
+        told = ", ".join(sorted(set(versions.values())))
+        if alarms:
+            return warn(f"etcd {told}, with {', '.join(alarms)}: mend it, then etcdctl alarm disarm")
+        oldest = min(map(_parsed, versions.values()))
+        if oldest < _OLDEST:
+            return fail(f"etcd {told} is too old for /v3 of the gateway: take 3.5 or 3.6 with the newest patch")
+        faults = [why for mended, why in _MENDED if mended[:2] == oldest[:2] and oldest < mended]
+        if faults:
+            return warn(
+                f"etcd {told}: {' and '.join(dict.fromkeys(faults))}. This library notices lost changes and lists "
+                "again, but take 3.5 or 3.6 with the newest patch"
+            )
+        return ok(f"etcd {told}")
+
+    def _clock(self) -> Said:
+        """By the Date of an answer, which has whole seconds."""
+        results = ask_each(self._network.reached or list(self._statuses), self._ahead_s, self._timeout_s)
+        ahead = {host: result for host, result in results.items() if not isinstance(result, Fault)}
+        if not ahead:
+            return not_made("; ".join(dict.fromkeys(str(result) for result in results.values())))
+        host, worst_s = max(ahead.items(), key=lambda item: abs(item[1]))
+        return clock_said(shown(host), worst_s, exact_to_s=1.0)
+
+    def _ahead_s(self, host: Host) -> float:
+        if self._files is None:
+            connection = http.client.HTTPConnection(*host, timeout=self._timeout_s)
+        else:
+            connection = http.client.HTTPSConnection(*host, timeout=self._timeout_s, context=tls_context(self._files))
+        try:
+            connection.connect()
+            sent_s = time.time()
+            connection.request("GET", "/version")
+            answer = connection.getresponse()
+            received_s = time.time()
+            json.loads(answer.read(65536))
+            dated_s = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+        except (OSError, http.client.HTTPException, ValueError, TypeError) as exc:
+            raise Fault(f"{shown(host)} did not tell its time") from exc
+        finally:
+            connection.close()
+        # The date was cut to whole seconds: it was at some moment of that second.
+        if dated_s > received_s:
+            return dated_s - received_s
+        return min(0.0, dated_s + 1 - sent_s)
+
+    def _round_trip(self) -> Said:
+        took_s = []
+        for _ in range(_CALLS):
+            with self._calling() as gateway:
+                begun_s = time.monotonic()
+                with suppress(NotPermitted):  # that takes its time too
+                    self._range(gateway, Range(self._space.label, count_only=True))
+                took_s.append(time.monotonic() - begun_s)
+        return pace_said(statistics.median(took_s), "a read that a majority confirms")
+
+    # ---
+
+    @property
+    def _who(self) -> str:
+        return "this client, which gives no user," if self._user is None else f"user {self._user!r}"
+
+    @property
+    def _bookkept(self) -> str:
+        return f".veltrix/{self._namespace}/"
+
+    @staticmethod
+    def _grant(access: str, prefix: str) -> str:
+        return f"etcdctl role grant-permission ROLE --prefix=true {access} '{prefix}'"
+
+    def _gateway(self, hosts: Sequence[Host], *, as_user: bool) -> Gateway:
+        files = self._files
+        gateway = Gateway(
+            hosts,
+            tls=None if files is None else Tls(files.ca, files.cert, files.key),
+            user=self._user if as_user else None,
+            password=self._password if as_user else None,
+            timeout_s=self._timeout_s,
+        )
+        self._gateways.append(gateway)
+        return gateway
+
+    @contextmanager
+    def _calling(self, *, as_user: bool = True) -> Iterator[Gateway]:
+        """The members that answer, as the user: with one token for all checks."""
+        if not as_user:
+            yield self._gateway(self._network.reached, as_user=False)
+            return
+        if self._as_user is None:
+            self._as_user = self._gateway(self._network.reached, as_user=True)
+        yield self._as_user
+
+    def _range(self, gateway: Gateway, asked: Range) -> Ranged:
+        return gateway.call("/v3/kv/range", asked, Ranged, deadline_s=time.monotonic() + self._timeout_s)
+
+
+def _parsed(version: str) -> tuple[int, int, int]:
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2]), int(found[3])) if found else (0, 0, 0)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

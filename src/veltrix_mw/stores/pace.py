@@ -1,0 +1,36 @@
+"""What a probe says of a server's clock, and of how long it takes: the same for each store.
+
+Owns the bounds, and their words.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from veltrix_mw.findings import Said, ok, warn
+
+__all__ = ["clock_said", "pace_said"]
+
+CLOCKS_APART_S: Final = 2.0
+"""Machines that keep time by NTP are milliseconds apart; more than this is none."""
+
+SLOW_S: Final = 0.25
+"""A round trip within a region takes a few milliseconds, one around the world 0.3 s."""
+
+
+def clock_said(server: str, ahead_s: float, *, exact_to_s: float) -> Said:
+    """Of a server whose clock is `ahead_s` of this machine's, as far as that can be told."""
+    if abs(ahead_s) <= CLOCKS_APART_S:
+        return ok(f"the clock of {server} is this machine's, to within {max(exact_to_s, abs(ahead_s)):.3g} s")
+    return warn(
+        f"the clock of {server} is {abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} this machine's: set "
+        "both by NTP; histories and certificates go by them"
+    )
+
+
+def pace_said(took_s: float, what: str) -> Said:
+    """Of `what`, which took so long."""
+    told = f"{what} takes {took_s * 1000:.1f} ms"
+    if took_s <= SLOW_S:
+        return ok(told)
+    return warn(f"{told}: is the server in another region, or overloaded?")

@@ -1,0 +1,372 @@
+"""The probe of Redis: what may be wrong between this machine and a namespace there, as an authority or a mirror.
+
+Owns what is asked for the sake of a diagnosis. Writes nothing: whether it might is asked by an entry that Redis refuses
+for its id, after it looked at permission, role, disk and memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, Literal
+
+from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
+from veltrix_mw.findings import Said, Step, fail, not_made, ok, warn
+from veltrix_mw.protocols import MirrorState, NotPermitted, Position
+from veltrix_mw.settings import StoreUrl
+from veltrix_mw.stores.network_probe import NetworkProbe, TlsFiles
+from veltrix_mw.stores.pace import clock_said, pace_said
+from veltrix_mw.stores.redis_layout import AUTHORITY, META_FIELDS, MIRROR, Meta, Names, meta_of, state_of
+from veltrix_mw.stores.redis_link import Connection, RedisLink
+from veltrix_mw.stores.tiers import STALE_AFTER_S
+
+__all__ = ["RedisProbe", "Role"]
+
+Role = Literal["authority", "mirror"]
+
+_CALLS: Final = 5
+_NEARLY_FULL: Final = 0.9  # of maxmemory
+_MOST_DATABASES: Final = 16  # looked through for a namespace that is not where it was looked for
+_OLDEST: Final = (5, 0)  # streams
+_COMFORTABLE: Final = (7, 0)  # ACLs that grant reading alone
+
+
+class RedisProbe:
+    """Looks at a namespace in Redis. `position` is where it stands, once it was read."""
+
+    def __init__(self, url: StoreUrl, *, role: Role, lazy: Sequence[str] = (), timeout_s: float) -> None:
+        options: dict[str, Any] = dict(url.options)
+        ((self._host, self._port),) = url.hosts
+        self._url = url
+        self._role = role
+        self._lazy = tuple(lazy)
+        self._names = Names(url.namespace)
+        self._timeout_s = timeout_s
+        self._files = (options.get("ca"), options.get("cert"), options.get("key"))
+        self._network = NetworkProbe(
+            url.hosts, tls=TlsFiles(*self._files) if url.tls else None, plain="redis", secure="rediss",
+            timeout_s=timeout_s,
+        )  # fmt: skip
+        self._opened: dict[int, RedisLink] = {}
+        self._not_let_in: AuthFailed | None = None
+        self._meta: Meta | None = None
+        self._now_us = 0
+        self._lease: bytes | None = None
+        self._may_write = False
+        self.position: Position | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        bookkeeping = (Step("bookkeeping", self._bookkeeping, needs=("read",)),) if self._role == "mirror" else ()
+        persistence = (Step("persistence", self._persistence, needs=("database",)),) if self._role != "mirror" else ()
+        of_mirror = (
+            Step("freshness", self._freshness, needs=("read",)),
+            Step("coverage", self._coverage, needs=("read",)),
+            Step("relay", self._relay, needs=("bookkeeping",)),
+        )
+        return (
+            *self._network.steps,
+            Step("service", self._service, needs=("tls",)),
+            Step("authentication", self._authentication, needs=("service",)),
+            Step("database", self._database, needs=("authentication",)),
+            Step("read", self._read, needs=("database",)),
+            *bookkeeping,
+            Step("write", self._write, needs=("database",)),
+            Step("version", self._version, needs=("database",)),
+            Step("memory", self._memory, needs=("database",)),
+            *persistence,
+            Step("clock", self._clock, needs=("database",)),
+            Step("round trip", self._round_trip, needs=("database",)),
+            Step("stream", self._stream, needs=("read",)),
+            *(of_mirror if self._role == "mirror" else ()),
+        )
+
+    def look_again(self) -> None:
+        """Read the position anew."""
+        with self._session() as connection:
+            self._take(connection)
+
+    def close(self) -> None:
+        for link in self._opened.values():
+            link.close()
+
+    # --- who answers
+
+    def _service(self) -> Said:
+        where = self._where
+        try:
+            with self._link(0).session(self._timeout_s) as connection:
+                connection.execute("PING")
+        except NotPermitted:
+            pass
+        except AuthFailed as exc:
+            if "certificate" in str(exc) or "protected mode" in str(exc):
+                raise
+            self._not_let_in = exc
+        except StoreUnavailable as exc:
+            if "did not answer" not in str(exc):
+                raise
+            return fail(
+                f"{where} takes connections and answers nothing within {self._timeout_s:g} s: is the process stopped, "
+                "or its machine overloaded?"
+            )
+        return ok(f"Redis answers at {where}")
+
+    def _authentication(self) -> Said:
+        if self._not_let_in is not None:
+            raise self._not_let_in
+        if self._url.password is None:
+            return ok("no password is given, and none is asked for")
+        return ok(f"as {self._who}")
+
+    def _database(self) -> Said:
+        try:
+            with self._session():
+                pass
+        except NotPermitted as exc:
+            if "+select" in str(exc):
+                return fail(f"{exc}; db {self._url.db} needs it, db 0 does not")
+        return ok(f"db {self._url.db}")
+
+    # --- what it may do
+
+    def _read(self) -> Said:
+        names = self._names
+        with self._session() as connection:
+            self._take(connection)
+            # What a follower asks.
+            connection.execute("EXISTS", names.entries)
+            connection.execute("HSCAN", names.entries, 0, "COUNT", 1)
+            connection.execute("XRANGE", names.changes, "-", "+", "COUNT", 1)
+            connection.execute("XREAD", "COUNT", 1, "STREAMS", names.changes, "0")
+            is_there = bool(connection.execute("EXISTS", names.entries))
+        meta = self._meta
+        if meta is None and is_there:
+            return fail(f"{names.entries} is not this library's: choose another namespace, or another db")
+        if meta is None:
+            return self._nothing()
+        if meta.kind != (MIRROR if self._role == "mirror" else AUTHORITY):
+            if self._role == "mirror":
+                return fail(
+                    f"{names.base}* is an authority, not a mirror, and a relay would destroy it: give the mirror "
+                    "another db or namespace"
+                )
+            return fail(
+                f"{names.base}* is a mirror, fed from another authority: give that one's URL, and this as --mirror"
+            )
+        keys = "1 key" if meta.count == 1 else f"{meta.count} keys"
+        return ok(f"{keys} in {names.base}*, at revision {meta.revision}")
+
+    def _nothing(self) -> Said:
+        elsewhere = self._elsewhere()
+        found = f"db {self._url.db} holds nothing of the namespace {self._url.namespace!r}"
+        if elsewhere:
+            found += f", and db {', '.join(map(str, elsewhere))} does: correct the number in the URL"
+        elif self._role == "mirror":
+            return ok(f"{found}; what fills it is told at relay")
+        else:
+            found += ": nothing was written yet, or the URL names another db or namespace"
+        return warn(found)
+
+    def _elsewhere(self) -> list[int]:
+        """The databases that hold the namespace, as far as this user may look."""
+        found = []
+        try:
+            with self._session() as connection:
+                told = self._info(connection, "keyspace")
+            others = [int(name[2:]) for name in told if re.fullmatch(r"db\d{1,5}", name)]
+            for number in [each for each in others if each != self._url.db][:_MOST_DATABASES]:
+                with self._link(number).session(self._timeout_s) as connection:
+                    if connection.execute("EXISTS", self._names.entries):
+                        found.append(number)
+        except StoreError:
+            pass  # it may not, or not in time: it is a hint and no more
+        return found
+
+    def _bookkeeping(self) -> Said:
+        with self._session() as connection:
+            self._lease = connection.execute("GET", self._names.lease)
+        return ok(f"{self._names.lease} can be read")
+
+    def _write(self) -> Said:
+        try:
+            with self._session() as connection:
+                connection.try_writing(self._names.changes)
+        except NotPermitted as exc:
+            who = "relay" if self._role == "mirror" else "writer"
+            return warn(f"{self._who} may read and not write: right for a worker, not for a {who}: {exc}")
+        self._may_write = True
+        return ok("this is permitted (asked by an entry that Redis refuses: nothing was written)")
+
+    # --- how it is
+
+    def _version(self) -> Said:
+        with self._asking("server") as told:
+            if isinstance(told, str):
+                return not_made(told)
+        number = told.get("valkey_version") or told.get("redis_version", "")
+        name = f"{'Valkey' if 'valkey_version' in told else 'Redis'} {number}"
+        found = re.match(r"(\d+)\.(\d+)", told.get("redis_version", ""))
+        version = (int(found[1]), int(found[2])) if found else _COMFORTABLE
+        if version < _OLDEST:
+            return fail(f"{name} has no streams: take Redis 5 or newer, best 7")
+        if told.get("redis_mode") == "cluster":
+            return fail(f"{name} is a node of a Redis Cluster, which {self._url.scheme}:// does not follow")
+        if version < _COMFORTABLE:
+            return warn(f"{name} works, but cannot grant a user to read alone (%R~): take Redis 7 where you have users")
+        return ok(name)
+
+    def _memory(self) -> Said:
+        with self._asking("memory") as told:
+            if isinstance(told, str):
+                return not_made(told)
+        used, most = int(told.get("used_memory", 0)), int(told.get("maxmemory", 0))
+        policy = told.get("maxmemory_policy", "noeviction")
+        mib = 1 << 20
+        if not most:
+            return ok(f"{used / mib:.1f} MiB used, without a maxmemory")
+        shown = f"{used / mib:.1f} of {most / mib:.1f} MiB used, {policy}"
+        if policy != "noeviction":
+            return warn(f"{shown}: it may evict keys of this namespace; set maxmemory-policy noeviction")
+        if used >= _NEARLY_FULL * most:
+            return warn(
+                f"{shown}: nearly full, and then nothing is written; raise maxmemory, or remove what else is there"
+            )
+        return ok(shown)
+
+    def _persistence(self) -> Said:
+        with self._asking("persistence") as told:
+            if isinstance(told, str):
+                return not_made(told)
+        if told.get("aof_enabled") == "1":
+            return ok("appendonly yes")
+        return warn("appendonly no: a restart loses acknowledged writes; set appendonly yes, and make backups")
+
+    def _clock(self) -> Said:
+        with self._session() as connection:
+            sent_s = time.time()
+            seconds, microseconds = connection.execute("TIME")
+            received_s = time.time()
+        ahead_s = int(seconds) + int(microseconds) / 1e6 - (sent_s + received_s) / 2
+        return clock_said(self._where, ahead_s, exact_to_s=max(0.001, (received_s - sent_s) / 2))
+
+    def _round_trip(self) -> Said:
+        took_s = []
+        with self._session() as connection:
+            for _ in range(_CALLS):
+                begun_s = time.monotonic()
+                connection.execute("TIME")
+                took_s.append(time.monotonic() - begun_s)
+        return pace_said(statistics.median(took_s), "a command")
+
+    def _stream(self) -> Said:
+        changes, meta = self._names.changes, self._meta
+        if meta is None:
+            return not_made("there is none yet")
+        with self._session() as connection:
+            first = connection.execute("XRANGE", changes, "-", "+", "COUNT", 1)
+        try:
+            with self._session() as connection:
+                length = f"{connection.execute('XLEN', changes)} entries"
+        except NotPermitted:  # workers need no XLEN
+            length = "its length is not for this user to know"
+        if not first:
+            if not meta.revision:
+                return ok("empty, as the namespace is at revision 0")
+            return warn(
+                f"{changes} is gone, so a worker that lost its connection lists everything: was it deleted or evicted?"
+            )
+        oldest = first[0][0].partition(b"-")[0].decode()
+        return ok(f"{length}, from revision {oldest} to {meta.revision}: a worker that was away since can resume")
+
+    # --- a mirror
+
+    def _state(self) -> MirrorState:
+        return state_of(self._meta, self._now_us, self._lease)
+
+    def _freshness(self) -> Said:
+        state = self._state()
+        if not state.position.incarnation:
+            return warn("it is empty, so workers follow the authority: a relay fills it")
+        if math.isinf(state.age_s):
+            return warn("its relay has never asked the authority since it was filled, so workers follow the authority")
+        if state.age_s > STALE_AFTER_S:
+            return warn(
+                f"stale: its relay last asked the authority {state.age_s:.0f} s ago, so workers follow the authority: "
+                "look at the relay and its log"
+            )
+        return ok(f"its relay asked the authority {state.age_s:.1f} s ago")
+
+    def _coverage(self) -> Said:
+        meta = self._meta
+        if meta is None:
+            return not_made("it is empty")
+        left_out = sorted(set(meta.lazy) - set(self._lazy))
+        if left_out:
+            return warn(
+                f"it leaves out {', '.join(left_out)}, so a worker that reads this eagerly follows the authority: give "
+                "all workers and the relay the same lazy=, and say it here with --lazy"
+            )
+        more = sorted(set(self._lazy) - set(meta.lazy))
+        if more:
+            return ok(f"it holds everything, also {', '.join(more)}, which is lazy here")
+        return ok(f"it leaves out {', '.join(meta.lazy)}, as all do" if meta.lazy else "it holds every prefix")
+
+    def _relay(self) -> Said:
+        holder = self._state().relay
+        if holder:
+            return ok(f"{holder} feeds it")
+        may = "this user may write it" if self._may_write else "this user may not write it"
+        return warn(
+            f"none: nobody holds the lease ({may}). Run `veltrix relay` with credentials that may, or let such workers "
+            "stand for election (relay='auto')"
+        )
+
+    # ---
+
+    @property
+    def _where(self) -> str:
+        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+
+    @property
+    def _who(self) -> str:
+        return f"user {self._url.user!r}" if self._url.user else "the default user"
+
+    def _take(self, connection: Connection) -> None:
+        values, now = connection.pipeline([("HMGET", self._names.entries, *META_FIELDS), ("TIME",)])
+        self._meta = meta_of(values)
+        self._now_us = int(now[0]) * 1_000_000 + int(now[1])
+        self.position = Position("", 0) if self._meta is None else self._meta.position
+
+    def _link(self, db: int) -> RedisLink:
+        if db not in self._opened:
+            ca, cert, key = self._files
+            self._opened[db] = RedisLink(
+                self._host, self._port, db=db, namespace=self._url.namespace, tls=self._url.tls, user=self._url.user,
+                password=self._url.password, ca=ca, cert=cert, key=key,
+            )  # fmt: skip
+        return self._opened[db]
+
+    @contextmanager
+    def _session(self) -> Iterator[Connection]:
+        with self._link(self._url.db).session(self._timeout_s) as connection:
+            yield connection
+
+    @contextmanager
+    def _asking(self, section: str) -> Iterator[Mapping[str, str] | str]:
+        """A section of INFO; a reason where this user may not ask."""
+        try:
+            with self._session() as connection:
+                told: Mapping[str, str] | str = self._info(connection, section)
+        except NotPermitted:
+            told = f"{self._who} may not ask; as one who may: redis-cli INFO {section}"
+        yield told
+
+    @staticmethod
+    def _info(connection: Connection, section: str) -> dict[str, str]:
+        text = connection.execute("INFO", section).decode("utf-8", "replace")
+        return dict(line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith("#"))
