@@ -31,8 +31,8 @@ Role = Literal["authority", "mirror"]
 _CALLS: Final = 5
 _NEARLY_FULL: Final = 0.9  # of maxmemory
 _MOST_DATABASES: Final = 16  # looked through for a namespace that is not where it was looked for
-_OLDEST: Final = (5, 0)  # streams
-_COMFORTABLE: Final = (7, 0)  # ACLs that grant reading alone
+_OLDEST: Final[tuple[int, int]] = (5, 0)  # streams
+_COMFORTABLE: Final[tuple[int, int]] = (7, 0)  # ACLs that grant reading alone
 
 
 class RedisProbe:
@@ -211,7 +211,7 @@ class RedisProbe:
         number = told.get("valkey_version") or told.get("redis_version", "")
         name = f"{'Valkey' if 'valkey_version' in told else 'Redis'} {number}"
         found = re.match(r"(\d+)\.(\d+)", told.get("redis_version", ""))
-        version = (int(found[1]), int(found[2])) if found else _COMFORTABLE
+        version: tuple[int, int] = (int(found[1]), int(found[2])) if found else _COMFORTABLE
         if version < _OLDEST:
             return fail(f"{name} has no streams: take Redis 5 or newer, best 7")
         if told.get("redis_mode") == "cluster":

@@ -1,0 +1,572 @@
+"""`doctor` on real servers: where all is well, and on each broken set-up, which has a line of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Answer, Shell
+from tests.support import etcd_servers
+from tests.support.etcd_servers import EtcdCluster, etcd, make_certificates
+from tests.support.redis_servers import Certificates, RedisServer, redis_server
+from tests.support.waiting import wait_until
+from veltrix_mw import ConfigClient
+from veltrix_mw.diagnosis import diagnose
+
+Put = Callable[[str, Any], int]
+
+NAMESPACE = "shop"
+BASE = "veltrix:{shop}:"
+CONVERGE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `doctor --json` said."""
+
+    answer: Answer
+    checks: dict[tuple[str, str], tuple[str, str]]
+
+    def state(self, part: str, check: str) -> str:
+        return self.checks[part, check][0]
+
+    def text(self, part: str, check: str) -> str:
+        return self.checks[part, check][1]
+
+    @property
+    def failed(self) -> list[tuple[str, str]]:
+        return [name for name, (state, _) in self.checks.items() if state == "fail"]
+
+    @property
+    def warned(self) -> list[tuple[str, str]]:
+        return [name for name, (state, _) in self.checks.items() if state == "warn"]
+
+
+def examined(shell: Shell, *arguments: str) -> Report:
+    """The report; its exit code is what its checks are."""
+    done = shell.run("doctor", "--json", *arguments)
+    assert done.code in {0, 1}, done
+    assert done.err == ""
+    answer = done.json
+    checks = {(each["part"], each["check"]): (each["state"], each["text"]) for each in answer["checks"]}
+    assert len(checks) == len(answer["checks"])
+    report = Report(done, checks)
+    assert answer["well"] == (done.code == 0) == (not report.failed)
+    assert not any("fault of its own" in text for _, text in checks.values()), checks
+    return report
+
+
+def etcd_url(cluster: EtcdCluster, *, login: str = "", query: str = "") -> str:
+    hosts = ",".join(f"{host}:{port}" for host, port in cluster.hosts)
+    return f"etcd{'s' if cluster.tls else ''}://{login}{hosts}/{NAMESPACE}{query}"
+
+
+def redis_url(server: RedisServer, *, login: str = "", db: int = 0, query: str = f"?namespace={NAMESPACE}") -> str:
+    return f"redis://{login}127.0.0.1:{server.port}/{db}{query}"
+
+
+def mirror_url(server: RedisServer, *, login: str = "", db: int = 0) -> str:
+    return redis_url(server, login=login, db=db, query="")
+
+
+def write(url: str) -> int:
+    client = ConfigClient(url, mirror="")
+    try:
+        return client.put("checkout/max_items", 50)
+    finally:
+        client.close()
+
+
+@contextmanager
+def fed(shell: Shell, mirror: str, *arguments: str) -> Iterator[None]:
+    """The mirror of the shell's store, while a relay feeds it, and has proved it."""
+    with shell.running("--mirror", mirror, "relay", "--instance", "feeder", *arguments) as relay:
+        relay.until("elected")
+        wait_until(
+            lambda: examined(shell, "--mirror", mirror).state("mirror", "freshness") == "ok",
+            CONVERGE_S,
+            reason="the mirror is fed",
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[EtcdCluster]:
+    """An etcd that holds a namespace; nobody stops it or changes its users."""
+    with etcd() as running:
+        write(etcd_url(running))
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[EtcdCluster]:
+    """An etcd with users, each of which may do something else."""
+    with etcd() as running:
+        write(etcd_url(running))
+        running.turn_auth_on(worker="pw", writer="pw", unprefixed="pw", unkept="pw")
+        running.grant("worker", "shop/", ".veltrix/shop/", access="read")
+        running.grant("writer", "shop/", ".veltrix/shop/")
+        running.grant("unprefixed", ".veltrix/shop/", access="read")
+        running.grant("unkept", "shop/", access="read")
+        yield running
+
+
+# All is well
+
+
+def test_a_file_that_is_well(shell: Shell, put: Put) -> None:
+    put("k", 1)
+    report = examined(shell)
+    assert (report.failed, report.warned) == ([], [])
+    assert [check for _, check in report.checks] == ["url", "file", "read", "write", "round trip"]
+    assert "1 key" in report.text("authority", "read")
+
+
+def test_a_file_that_is_not_there_yet_is_a_warning_and_is_not_made(shell: Shell) -> None:
+    report = examined(shell)
+    assert report.answer.code == 0
+    assert report.warned == [("authority", "file")]
+    assert list(shell.folder.iterdir()) == []
+    shell.store = f"sqlite:///{shell.folder}/nowhere/c.db"
+    assert examined(shell).failed == [("authority", "file")]
+
+
+def test_a_redis_that_is_well_and_untouched(shell: Shell) -> None:
+    with redis_server("--appendonly", "yes") as server:
+        shell.store = redis_url(server)
+        write(shell.store)
+        before = server.run("DEBUG", "DIGEST")
+        report = examined(shell)
+        assert (report.failed, report.warned) == ([], [])
+        assert set(dict.fromkeys(state for state, _ in report.checks.values())) == {"ok"}
+        assert report.state("authority", "write") == "ok"
+        assert report.text("authority", "stream").startswith("1 entries, from revision 1 to 1")
+        assert server.run("DEBUG", "DIGEST") == before
+        assert sorted(server.run("KEYS", "*")) == [f"{BASE}changes".encode(), f"{BASE}entries".encode()]
+
+
+def test_a_redis_that_holds_nothing_is_left_empty(shell: Shell, redis: RedisServer) -> None:
+    shell.store = redis_url(redis)
+    report = examined(shell)
+    assert report.answer.code == 0
+    assert "nothing was written yet" in report.text("authority", "read")
+    assert redis.run("KEYS", "*") == []
+
+
+def test_an_etcd_that_is_well_and_untouched(shell: Shell, cluster: EtcdCluster) -> None:
+    shell.store = etcd_url(cluster)
+    before = cluster.revision()
+    report = examined(shell)
+    assert report.failed == []
+    assert set(report.warned) <= {("authority", "version")}
+    assert [check for _, check in report.checks] == [
+        "url", "name", "connection", "tls", "service", "quorum", "authentication", "read", "bookkeeping", "write",
+        "version", "clock", "round trip",
+    ]  # fmt: skip
+    assert {state for state, _ in report.checks.values()} <= {"ok", "warn"}
+    assert cluster.revision() == before
+    assert "veltrix-doctor" not in cluster.ctl("get", "--prefix", "", "--keys-only")
+
+
+def test_etcd_with_a_mirror_that_is_well(shell: Shell, cluster: EtcdCluster, redis: RedisServer) -> None:
+    shell.store = etcd_url(cluster)
+    with fed(shell, mirror_url(redis)):
+        report = examined(shell, "--mirror", mirror_url(redis))
+    assert report.failed == []
+    assert set(report.warned) <= {("authority", "version")}
+    mirror = [check for part, check in report.checks if part == "mirror"]
+    assert mirror[:2] == ["url", "namespace"]
+    assert mirror[-5:] == ["stream", "freshness", "coverage", "relay", "agreement"]
+    assert report.text("mirror", "relay") == "feeder feeds it"
+    assert {report.state("mirror", check) for check in mirror} == {"ok"}
+
+
+def test_the_servers_of_known_watch_faults_are_named(shell: Shell, cluster: EtcdCluster) -> None:
+    shell.store = etcd_url(cluster)
+    text = examined(shell).text("authority", "version")
+    version = cluster.members[0].process and text.removeprefix("etcd ").partition(":")[0]
+    assert version is not None
+    numbers = tuple(int(part) for part in version.split("."))
+    is_faulty = numbers < (3, 4, 34) or (3, 5, 0) <= numbers < (3, 5, 16)
+    assert ("may lose changes" in text) == is_faulty
+
+
+# Fifteen that are not
+
+
+def refused(report: Report, part: str, check: str, text: str) -> None:
+    """That check failed, with those words, and no other; those that need it say so."""
+    assert report.failed == [(part, check)], report.checks
+    assert text in report.text(part, check)
+    after = [
+        name for name, (state, said) in report.checks.items() if (state, said) == ("not made", f"because of {check}")
+    ]
+    assert all(name[0] == part for name in after)
+
+
+def test_a_wrong_port(shell: Shell, free_port: int) -> None:
+    for scheme, end in (("etcd", "/shop"), ("redis", "/0?namespace=shop")):
+        shell.store = f"{scheme}://127.0.0.1:{free_port}{end}"
+        report = examined(shell)
+        refused(report, "authority", "connection", f"nothing listens at 127.0.0.1:{free_port}")
+        assert report.checks["authority", "read"] == ("not made", "because of connection")
+        assert report.checks["authority", "name"][0] == "ok"
+
+
+def test_a_wrong_host(shell: Shell) -> None:
+    for scheme, end in (("etcd", "/shop"), ("redis", "/0?namespace=shop")):
+        shell.store = f"{scheme}://no-such-host.invalid{end}"
+        report = examined(shell)
+        refused(report, "authority", "name", "the name no-such-host.invalid")
+        assert report.checks["authority", "connection"] == ("not made", "because of name")
+
+
+def test_a_wrong_password(shell: Shell, guarded: EtcdCluster) -> None:
+    shell.store = etcd_url(guarded, login="worker:wr0ng@")
+    report = examined(shell)
+    refused(report, "authority", "authentication", "refused user 'worker' with this password")
+    assert report.state("authority", "quorum") == "ok"
+    shell.store = etcd_url(guarded)
+    refused(examined(shell), "authority", "authentication", "asks for a user")
+    with redis_server("--requirepass", "s3cret") as server:
+        shell.store = redis_url(server, login=":wr0ng@")
+        other = examined(shell)
+        refused(other, "authority", "authentication", "refused the default user with that password")
+        assert other.state("authority", "service") == "ok"
+        shell.store = redis_url(server)
+        refused(examined(shell), "authority", "authentication", "asks for a password")
+    for each in (report, other):
+        assert "wr0ng" not in each.answer.out
+
+
+def test_a_wrong_ca(shell: Shell, tmp_path: Path) -> None:
+    files = make_certificates(tmp_path / "etcd")
+    strangers = make_certificates(tmp_path / "strangers")
+    with etcd(tls=files) as cluster:
+        shell.store = etcd_url(cluster, query=f"?ca={files.ca}")
+        write(shell.store)
+        well = examined(shell)
+        assert well.failed == []
+        assert "etcd for IP Address:127.0.0.1, signed by test CA, valid until" in well.text("authority", "tls")
+        assert "ends soon" in well.text("authority", "tls")
+        shell.store = etcd_url(cluster, query=f"?ca={strangers.ca}")
+        report = examined(shell)
+        refused(report, "authority", "tls", f"is not signed by the CA in {strangers.ca}")
+        assert "etcd for IP Address:127.0.0.1, signed by test CA" in report.text("authority", "tls")
+        assert report.checks["authority", "service"] == ("not made", "because of tls")
+        shell.store = etcd_url(cluster, query=f"?ca={tmp_path}/none.pem")
+        refused(examined(shell), "authority", "tls", f"the CA file {tmp_path}/none.pem cannot be used")
+        shell.store = etcd_url(cluster).replace("etcds:", "etcd:")
+        refused(examined(shell), "authority", "service", "speaks TLS only; write etcds://")
+
+
+def redis_tls_url(server: RedisServer, ca: Path) -> str:
+    return redis_url(server, query=f"?namespace=shop&ca={ca}").replace("redis:", "rediss:")
+
+
+def test_a_wrong_ca_of_redis(shell: Shell, tmp_path: Path) -> None:
+    ca, stranger = Certificates(tmp_path, "ours"), Certificates(tmp_path, "stranger")
+    with redis_server(tls=(ca.ca, *ca.issue("server"))) as server:
+        shell.store = redis_tls_url(server, ca.ca)
+        assert examined(shell).failed == []
+        shell.store = redis_tls_url(server, stranger.ca)
+        refused(examined(shell), "authority", "tls", f"is not signed by the CA in {stranger.ca}")
+
+
+def test_an_expired_certificate(shell: Shell, tmp_path: Path) -> None:
+    ca = Certificates(tmp_path, "ours")
+    with redis_server(tls=(ca.ca, *ca.issue("old", days=-1))) as server:
+        shell.store = redis_tls_url(server, ca.ca)
+        report = examined(shell)
+        refused(report, "authority", "tls", "has expired: renew it on the server")
+        assert "old for IP Address:127.0.0.1" in report.text("authority", "tls")
+        assert "was valid until" in report.text("authority", "tls")
+
+
+def test_an_expired_certificate_of_etcd(shell: Shell, tmp_path: Path) -> None:
+    files = make_certificates(tmp_path / "etcd", days=-1)
+    with etcd(tls=files, waits=False) as cluster:
+        shell.store = etcd_url(cluster, query=f"?ca={files.ca}")
+        report = wait_until(
+            lambda: report if (report := examined(shell)).state("authority", "connection") == "ok" else None,
+            CONVERGE_S,
+            reason="etcd listens",
+        )
+        assert report is not None
+        refused(report, "authority", "tls", "has expired: renew it on the server")
+        assert "was valid until" in report.text("authority", "tls")
+
+
+def test_no_permission_on_the_prefix(shell: Shell, guarded: EtcdCluster) -> None:
+    shell.store = etcd_url(guarded, login="unprefixed:pw@")
+    report = examined(shell)
+    refused(report, "authority", "read", "user 'unprefixed' may not read 'shop/': etcdctl role grant-permission")
+    assert report.state("authority", "bookkeeping") == "ok"
+    with redis_server() as server:
+        server.run("ACL", "SETUSER", "stranger", "on", ">pw", "~other:*", "+@all")
+        shell.store = redis_url(server, login="stranger:pw@")
+        other = examined(shell)
+        assert ("authority", "read") in other.failed
+        assert f"%R~{BASE}* to read" in other.text("authority", "read")
+        assert other.state("authority", "authentication") == "ok"
+
+
+def test_no_permission_on_the_bookkeeping(shell: Shell, guarded: EtcdCluster, redis: RedisServer) -> None:
+    shell.store = etcd_url(guarded, login="unkept:pw@")
+    report = examined(shell)
+    refused(report, "authority", "bookkeeping", "user 'unkept' may not read '.veltrix/shop/'")
+    assert report.state("authority", "read") == "ok"
+    redis.run("ACL", "SETUSER", "unleased", "on", ">pw", "resetkeys", f"%R~{BASE}entries", f"%R~{BASE}changes", "+@all")
+    shell.store = etcd_url(guarded, login="worker:pw@")
+    mirrored = examined(shell, "--mirror", mirror_url(redis, login="unleased:pw@"))
+    refused(mirrored, "mirror", "bookkeeping", "a key pattern")
+    assert mirrored.checks["mirror", "relay"] == ("not made", "because of bookkeeping")
+
+
+def test_what_a_user_of_etcd_may_write(shell: Shell, guarded: EtcdCluster) -> None:
+    before = guarded.revision()
+    shell.store = etcd_url(guarded, login="writer:pw@")
+    assert examined(shell).state("authority", "write") == "ok"
+    shell.store = etcd_url(guarded, login="worker:pw@")
+    report = examined(shell)
+    assert report.answer.code == 0
+    assert report.state("authority", "write") == "warn"
+    assert "user 'worker' may read and not write 'shop/'" in report.text("authority", "write")
+    assert guarded.revision() == before
+
+
+def test_a_redis_user_that_only_reads(shell: Shell, put: Put, redis: RedisServer) -> None:
+    put("k", 1)
+    redis.run(
+        "ACL", "SETUSER", "worker", "on", ">pw", "resetkeys", "resetchannels", "-@all", "%R~veltrix:{default}:*",
+        *["+get", "+time", "+exists", "+hmget", "+hscan", "+xrange", "+xread"],
+    )  # fmt: skip
+    with fed(shell, mirror_url(redis)):
+        report = examined(shell, "--mirror", mirror_url(redis, login="worker:pw@"))
+        assert report.answer.code == 0
+        assert report.warned == [("mirror", "write")]
+        assert "user 'worker' may read and not write: right for a worker, not for a relay" in report.text(
+            "mirror", "write"
+        )
+        assert report.checks["mirror", "version"][0] == "not made"
+        assert "redis-cli INFO server" in report.text("mirror", "version")
+        assert "not for this user to know" in report.text("mirror", "stream")
+    report = examined(shell, "--mirror", mirror_url(redis, login="worker:pw@"))
+    assert "this user may not write it" in report.text("mirror", "relay")
+
+
+def test_the_documented_users_of_redis_may_do_what_they_are_for(shell: Shell, redis: RedisServer) -> None:
+    reading = "+get +time +exists +hmget +hscan +xrange +xread"
+    writing = f"{reading} +eval +evalsha +hget +hset +hdel +xadd +xrevrange"
+    keys = [f"~{BASE}entries", f"~{BASE}changes"]
+    redis.run("ACL", "SETUSER", "writer", "on", ">pw", "resetkeys", "resetchannels", "-@all", *keys, *writing.split())
+    shell.store = redis_url(redis, login="writer:pw@")
+    report = examined(shell)
+    assert report.failed == []
+    assert report.state("authority", "write") == "ok"
+    assert redis.run("KEYS", "*") == []
+
+
+def test_a_stopped_server(shell: Shell) -> None:
+    with redis_server() as server:
+        shell.store = redis_url(server)
+        server.stop()
+        try:
+            refused(examined(shell), "authority", "service", "takes connections and answers nothing within 2 s")
+        finally:
+            server.cont()
+    with etcd() as cluster:
+        shell.store = etcd_url(cluster)
+        cluster.pause(cluster.members[0])
+        try:
+            report = examined(shell)
+        finally:
+            cluster.resume(cluster.members[0])
+        refused(report, "authority", "service", "it takes connections: is the process stopped")
+
+
+def test_a_gateway_that_is_off(shell: Shell) -> None:
+    with etcd(options=["--enable-grpc-gateway=false"]) as cluster:
+        shell.store = etcd_url(cluster)
+        refused(examined(shell), "authority", "service", "has its gRPC gateway off")
+
+
+def test_a_cluster_without_a_quorum(shell: Shell) -> None:
+    with etcd(3) as cluster:
+        shell.store = etcd_url(cluster)
+        write(shell.store)
+        one, *others = cluster.members
+        cluster.kill(others[0])
+        assert examined(shell).answer.code == 0
+        assert "2 of 3 members are well" in examined(shell).text("authority", "connection")
+        cluster.kill(others[1])
+        report = wait_until(
+            lambda: (
+                report if "no member has a leader" in (report := examined(shell)).text("authority", "quorum") else None
+            ),
+            CONVERGE_S,
+            reason=f"{one.name} knows that it is alone",
+        )
+        assert report is not None
+        refused(report, "authority", "quorum", "1 of the 3 members named in the URL answer")
+        assert report.checks["authority", "read"] == ("not made", "because of quorum")
+
+
+def test_a_full_redis(shell: Shell) -> None:
+    with redis_server("--maxmemory-policy", "noeviction") as server:
+        shell.store = redis_url(server)
+        write(shell.store)
+        server.run("CONFIG", "SET", "maxmemory", "1mb")
+        report = examined(shell)
+        refused(report, "authority", "write", "out of memory: raise maxmemory")
+        assert report.state("authority", "memory") == "warn"
+        assert report.state("authority", "read") == "ok"
+
+
+def test_a_wrong_database(shell: Shell, redis: RedisServer) -> None:
+    write(redis_url(redis))
+    shell.store = redis_url(redis, db=99)
+    report = examined(shell)
+    refused(report, "authority", "database", "has no db 99")
+    assert report.checks["authority", "read"] == ("not made", "because of database")
+    shell.store = redis_url(redis, db=3)
+    report = examined(shell)
+    assert ("authority", "read") in report.warned
+    assert "db 3 holds nothing of the namespace 'shop', and db 0 does" in report.text("authority", "read")
+
+
+def test_a_mirror_of_another_namespace(shell: Shell, put: Put, redis: RedisServer) -> None:
+    put("k", 1)
+    report = examined(shell, "--mirror", redis_url(redis))
+    refused(report, "mirror", "namespace", "the authority's namespace is 'default', and the mirror's URL names 'shop'")
+    with fed(shell, mirror_url(redis)):
+        pass
+    redis.run("HSET", "veltrix:{default}:entries", "#incarnation", "another")
+    report = examined(shell, "--mirror", mirror_url(redis))
+    refused(report, "mirror", "agreement", "the mirror holds incarnation another")
+    redis.run("FLUSHALL")
+    write(redis_url(redis, query="?namespace=default"))
+    refused(examined(shell, "--mirror", mirror_url(redis)), "mirror", "read", "is an authority, not a mirror")
+
+
+def test_a_folder_that_cannot_be_written(shell: Shell, put: Put, tmp_path: Path) -> None:
+    put("k", 1)
+    file = tmp_path / "file"
+    file.write_text("")
+    refused(examined(shell, "--last-known-good", str(file)), "last-known-good", "folder", "is not a folder")
+    below = examined(shell, "--last-known-good", str(file / "folder"))
+    refused(below, "last-known-good", "folder", f"as {file} is not a folder")
+    # Nobody makes files there, root neither.
+    sealed = examined(shell, "--last-known-good", "/proc")
+    refused(sealed, "last-known-good", "writable", "/proc cannot be written to")
+
+
+# And more
+
+
+def test_a_folder_that_is_well_says_what_it_keeps(shell: Shell, put: Put, tmp_path: Path) -> None:
+    put("k", 1)
+    folder = tmp_path / "state"
+    missing = examined(shell, "--last-known-good", str(folder))
+    assert missing.warned == [("last-known-good", "folder")]
+    assert not folder.exists()
+    with ConfigClient(shell.url, last_known_good=folder) as client:
+        client.wait_ready()
+    kept = sorted(folder.iterdir())
+    report = examined(shell, "--last-known-good", str(folder))
+    assert (report.failed, report.warned) == ([], [])
+    assert report.text("last-known-good", "kept").startswith("revision 1, 1 keys, saved ")
+    assert sorted(folder.iterdir()) == kept
+    shell.store = f"{shell.url}?namespace=other"
+    assert "nothing is kept of the namespace 'other'" in examined(shell, "--last-known-good", str(folder)).text(
+        "last-known-good", "kept"
+    )
+
+
+def test_a_mirror_that_nobody_feeds(shell: Shell, put: Put, redis: RedisServer) -> None:
+    put("k", 1)
+    report = examined(shell, "--mirror", mirror_url(redis))
+    assert report.answer.code == 0
+    assert "it is empty" in report.text("mirror", "freshness")
+    assert "this user may write it" in report.text("mirror", "relay")
+    assert redis.run("KEYS", "*") == []
+    with fed(shell, mirror_url(redis)):
+        pass
+    put("k", 2)
+    seconds, microseconds = redis.run("TIME")
+    proved = (int(seconds) - 60) * 1_000_000 + int(microseconds)
+    redis.run("HSET", "veltrix:{default}:entries", "#proved", proved)
+    report = examined(shell, "--mirror", mirror_url(redis))
+    assert report.answer.code == 0
+    assert report.warned == [("mirror", "freshness"), ("mirror", "relay"), ("mirror", "agreement")]
+    assert "stale" in report.text("mirror", "freshness")
+    assert "1 behind the authority's 2" in report.text("mirror", "agreement")
+
+
+def test_a_mirror_that_leaves_out_what_is_read(shell: Shell, put: Put, redis: RedisServer) -> None:
+    put("tenants/acme/limit", 1)
+    with fed(shell, mirror_url(redis), "--lazy", "tenants/"):
+        report = examined(shell, "--mirror", mirror_url(redis))
+        assert report.warned == [("mirror", "coverage")]
+        assert "it leaves out tenants/" in report.text("mirror", "coverage")
+        report = examined(shell, "--mirror", mirror_url(redis), "--lazy", "tenants/")
+        assert report.warned == []
+
+
+def test_a_user_that_may_not_select(shell: Shell, redis: RedisServer) -> None:
+    redis.run("ACL", "SETUSER", "zero", "on", ">pw", "~*", "+@all", "-select")
+    shell.store = redis_url(redis, login="zero:pw@", db=1)
+    refused(examined(shell), "authority", "database", "lacks +select")
+
+
+def test_what_is_no_store(shell: Shell, redis: RedisServer) -> None:
+    shell.store = f"etcd://127.0.0.1:{redis.port}/shop"
+    assert examined(shell).failed == [("authority", "service")]
+    with etcd_servers.etcd() as cluster:
+        shell.store = f"redis://127.0.0.1:{cluster.members[0].port}/0?namespace=shop"
+        assert examined(shell).failed == [("authority", "service")]
+
+
+def test_a_url_that_cannot_be_parsed_is_a_failure_that_quotes_no_secret(shell: Shell) -> None:
+    for url, text in (
+        ("etcd://u:s3cret@h", "names no namespace"),
+        ("etdc://u:s3cret@h/shop", "did you mean etcd"),
+        ("memory://", "lives in one process"),
+    ):
+        shell.store = url
+        report = examined(shell, "--mirror", "redis://h:s3cret@/0", "--last-known-good", str(shell.folder))
+        assert report.answer.code == 1
+        assert report.state("authority", "url") == "fail"
+        assert text in report.text("authority", "url")
+        assert report.state("mirror", "url") == "fail"
+        assert report.state("last-known-good", "folder") == "not made"
+        assert "s3cret" not in report.answer.out
+
+
+def test_lines_for_a_person_and_exit_codes(shell: Shell, put: Put, free_port: int) -> None:
+    put("k", 1)
+    well = shell.process("doctor")
+    assert (well.code, well.err) == (0, "")
+    assert [line.split()[0] for line in well.out.splitlines()] == ["ok"] * 5
+    broken = shell.process("doctor", "--url", f"redis://127.0.0.1:{free_port}/0?namespace=shop")
+    assert (broken.code, broken.err) == (1, "")
+    lines = broken.out.splitlines()
+    assert lines[2].split()[:3] == ["fail", "authority", "connection"]
+    assert lines[3].startswith("not made  authority")
+    for wrong in (["--nonsense"], ["--lazy", "no prefix"]):
+        assert shell.run("doctor", *wrong).code == 2
+    listed = shell.run("--help").out
+    assert "doctor" in listed
+
+
+def test_no_store_named_is_a_failure_that_shows_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VELTRIX_URL", raising=False)
+    monkeypatch.delenv("VELTRIX_MIRROR_URL", raising=False)
+    (finding,) = diagnose()
+    assert (finding.check, str(finding.state)) == ("url", "fail")
+    assert "set VELTRIX_URL" in finding.text
