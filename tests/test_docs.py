@@ -282,7 +282,7 @@ class Shell:
     def run(self, block: str) -> None:
         for command, expected in _commands(block):
             printed = self._run(command)
-            fails = any(line.startswith("error:") for line in expected.splitlines())
+            fails = any(line.startswith(("error:", "fail ")) for line in expected.splitlines())
             if (self.exit_code != 0) != fails and not command.startswith("echo"):
                 raise Wrong(f"$ {command}\nended with {self.exit_code}:\n{printed}")
             if expected and printed is not None and not _alike(expected, printed):
@@ -528,6 +528,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         "flask_veltrix",
         "django_veltrix",
         "starlette_veltrix",
+        "veltrix_mw.diagnosis",
     ],
 )
 def test_the_api_page_names_every_public_name(name: str) -> None:

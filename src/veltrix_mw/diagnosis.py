@@ -24,7 +24,7 @@ from veltrix_mw.stores.opening import open_mirror_probe, open_probe, open_store
 if TYPE_CHECKING:
     from veltrix_mw.stores.redis_probe import RedisProbe
 
-__all__ = ["AUTHORITY", "LAST_KNOWN_GOOD", "MIRROR", "Finding", "State", "diagnose"]
+__all__ = ["Finding", "State", "diagnose"]
 
 AUTHORITY: Final = "authority"
 MIRROR: Final = "mirror"

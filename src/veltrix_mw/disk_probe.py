@@ -76,12 +76,16 @@ class DiskProbe:
         if saved is None:
             return warn(reason or f"nothing is kept of the namespace {self._namespace!r}: a cold start without a store "
                         "has the defaults alone, until a worker saved once")  # fmt: skip
-        told = f"revision {saved.position.revision}, {len(saved.entries)} keys, saved {_ago(saved)}"
+        told = f"revision {saved.position.revision}, {_keys(len(saved.entries))}, saved {_ago(saved)}"
         if reason:
             return warn(f"{told}; {reason}")
         if time.time() - saved.saved_at_s > OLD_S:
             return warn(f"{told}: is it written to by the workers of today?")
         return ok(told)
+
+
+def _keys(number: int) -> str:
+    return "1 key" if number == 1 else f"{number} keys"
 
 
 def _ago(saved: Saved) -> str:

@@ -145,7 +145,7 @@ def test_a_redis_that_is_well_and_untouched(shell: Shell) -> None:
         assert (report.failed, report.warned) == ([], [])
         assert set(dict.fromkeys(state for state, _ in report.checks.values())) == {"ok"}
         assert report.state("authority", "write") == "ok"
-        assert report.text("authority", "stream").startswith("1 entries, from revision 1 to 1")
+        assert report.text("authority", "stream").startswith("1 entry, from revision 1 to 1")
         assert server.run("DEBUG", "DIGEST") == before
         assert sorted(server.run("KEYS", "*")) == [f"{BASE}changes".encode(), f"{BASE}entries".encode()]
 
@@ -184,6 +184,18 @@ def test_etcd_with_a_mirror_that_is_well(shell: Shell, cluster: EtcdCluster, red
     assert mirror[-5:] == ["stream", "freshness", "coverage", "relay", "agreement"]
     assert report.text("mirror", "relay") == "feeder feeds it"
     assert {report.state("mirror", check) for check in mirror} == {"ok"}
+
+
+def test_an_etcd_that_only_others_wrote_agrees_with_its_mirror(shell: Shell, redis: RedisServer) -> None:
+    with etcd() as plain:
+        plain.put("shop/a", "1")
+        plain.put("shop/no key of ours", "1")
+        shell.store = etcd_url(plain)
+        with fed(shell, mirror_url(redis)):
+            report = examined(shell, "--mirror", mirror_url(redis))
+        assert report.failed == []
+        assert report.state("mirror", "agreement") == "ok"
+        assert "no incarnation yet" in report.text("authority", "bookkeeping")
 
 
 def test_the_servers_of_known_watch_faults_are_named(shell: Shell, cluster: EtcdCluster) -> None:
@@ -480,7 +492,7 @@ def test_a_folder_that_is_well_says_what_it_keeps(shell: Shell, put: Put, tmp_pa
     kept = sorted(folder.iterdir())
     report = examined(shell, "--last-known-good", str(folder))
     assert (report.failed, report.warned) == ([], [])
-    assert report.text("last-known-good", "kept").startswith("revision 1, 1 keys, saved ")
+    assert report.text("last-known-good", "kept").startswith("revision 1, 1 key, saved ")
     assert sorted(folder.iterdir()) == kept
     shell.store = f"{shell.url}?namespace=other"
     assert "nothing is kept of the namespace 'other'" in examined(shell, "--last-known-good", str(folder)).text(

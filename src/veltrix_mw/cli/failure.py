@@ -43,7 +43,7 @@ EXIT_CODES: Final = """\
 \b
 Exit codes:
   0  done
-  1  not found: no such key, or no such revision (any more)
+  1  not found: no such key, or no such revision (any more); doctor: a check failed
   2  usage or settings
   3  conflict: someone wrote in between
   4  invalid key or value

@@ -45,6 +45,7 @@ _MENDED: Final[tuple[tuple[tuple[int, int, int], str], ...]] = (
     ((3, 5, 16), "its watches may lose changes around a compaction"),
 )
 _OLDEST: Final = (3, 4, 0)  # whose gateway answers at /v3
+_NEWEST_KEYS: Final = 20  # looked through for one that is an entry
 _CALLS: Final = 5  # for the round trip: the median of few is not the first one's connection
 
 
@@ -79,7 +80,6 @@ class EtcdProbe:
         self._leaderless: list[Host] = []
         self._gateways: list[Gateway] = []
         self._as_user: Gateway | None = None
-        self._label = ""
         self._newest = 0
         self.position: Position | None = None
 
@@ -171,13 +171,16 @@ class EtcdProbe:
     def _read(self) -> Said:
         space = self._space
         prefix = space.prefix.decode("utf-8", "backslashreplace")
-        newest = Range(space.prefix, space.end, limit=1, sort_order="DESCEND", sort_target="MOD", keys_only=True)
+        newest = Range(
+            space.prefix, space.end, limit=_NEWEST_KEYS, sort_order="DESCEND", sort_target="MOD", keys_only=True
+        )
         try:
             with self._calling() as gateway:
                 found = self._range(gateway, newest)
         except NotPermitted:
             return fail(f"{self._who} may not read {prefix!r}: {self._grant('read', prefix)}")
-        self._newest = found.kvs[0].mod_revision if found.kvs else 0
+        # Keys of another shape are not followed, so they are nothing that a mirror could be behind.
+        self._newest = next((each.mod_revision for each in found.kvs if space.key(each.key) is not None), 0)
         if not found.count:
             return warn(f"nothing lies below {prefix!r}: nothing was written yet, or the URL names another namespace")
         return ok(f"{_count(found.count, 'key')} below {prefix!r}, the newest of revision {self._newest}")
@@ -187,20 +190,20 @@ class EtcdProbe:
         asked = Transaction([Operation.range(Range(space.label)), Operation.range(Range(space.change))])
         try:
             with self._calling() as gateway:
-                label, change = gateway.call(
-                    "/v3/kv/txn", asked, Transacted, deadline_s=time.monotonic() + self._timeout_s
-                ).ranges
+                answer = gateway.call("/v3/kv/txn", asked, Transacted, deadline_s=time.monotonic() + self._timeout_s)
         except NotPermitted:
             return fail(
                 f"{self._who} may not read {self._bookkept!r}, where a follower finds incarnation and record: "
                 f"{self._grant('read', self._bookkept)}"
             )
-        self._label = label.kvs[0].value.decode("utf-8", "replace") if label.kvs else ""
+        label, change = answer.ranges
         revision = max(self._newest, change.kvs[0].mod_revision if change.kvs else 0)
-        self.position = Position(self._label, revision)
+        incarnation = label.kvs[0].value.decode("utf-8", "replace") if label.kvs else ""
+        # As a follower goes by: without a label, by one of its own.
+        self.position = Position(incarnation or (f"{answer.header.cluster_id}?" if revision else ""), revision)
         if not label.kvs:
             return ok(f"{self._bookkept!r} can be read; it has no incarnation yet, the first write makes it")
-        return ok(f"incarnation {self._label}")
+        return ok(f"incarnation {incarnation}")
 
     def _write(self) -> Said:
         space = self._space

@@ -271,7 +271,8 @@ class RedisProbe:
             first = connection.execute("XRANGE", changes, "-", "+", "COUNT", 1)
         try:
             with self._session() as connection:
-                length = f"{connection.execute('XLEN', changes)} entries"
+                number = connection.execute("XLEN", changes)
+                length = "1 entry" if number == 1 else f"{number} entries"
         except NotPermitted:  # workers need no XLEN
             length = "its length is not for this user to know"
         if not first:
