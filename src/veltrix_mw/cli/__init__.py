@@ -3,8 +3,8 @@
 Owns its verbs, their output and their exit codes; uses the library's public names and nothing else of it.
 
 Exit codes: 0 done · 1 not found: no such key, or no such revision (any more); doctor: a check failed · 2 usage or
-settings · 3 conflict: someone wrote in between · 4 invalid key or value · 5 the store is unavailable, or was too slow ·
-6 not allowed · 70 a fault of veltrix itself · 130 interrupted · 141 the reader of the output went away.
+settings · 3 conflict: someone wrote in between · 4 invalid key or value · 5 the store is unavailable, or was too
+slow · 6 not allowed · 70 a fault of veltrix itself · 130 interrupted · 141 the reader of the output went away.
 
 Errors are one line on stderr; with `--json`, `{"error": {"type": ..., "message": ...}}`. The extra `cli` brings what
 this needs; without it importing works, and calling `main` says so.
