@@ -190,7 +190,8 @@ def _folder_findings(folder: str | os.PathLike[str], authority: StoreUrl | None)
         yield Finding(LAST_KNOWN_GOOD, "folder", State.NOT_MADE, why)
         return
     try:
-        origin = open_store(authority).info.url
+        with closing(open_store(authority)) as store:
+            origin = store.info.url
     except SettingsError:  # its driver is missing, which was told
         origin = authority.redacted
     probe = DiskProbe(folder, namespace=authority.namespace, origin_url=origin)

@@ -17,6 +17,7 @@ from tests.support.redis_servers import Certificates, RedisServer, redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
 from veltrix_mw.diagnosis import diagnose
+from veltrix_mw.stores.etcd_probe import known_faults
 
 Put = Callable[[str, Any], int]
 
@@ -121,7 +122,9 @@ def guarded() -> Iterator[EtcdCluster]:
 
 def test_a_file_that_is_well(shell: Shell, put: Put) -> None:
     put("k", 1)
+    before = {file.name: file.read_bytes() for file in shell.folder.iterdir()}
     report = examined(shell)
+    assert {file.name: file.read_bytes() for file in shell.folder.iterdir()} == before
     assert (report.failed, report.warned) == ([], [])
     assert [check for _, check in report.checks] == ["url", "file", "read", "write", "round trip"]
     assert "1 key" in report.text("authority", "read")
@@ -201,24 +204,38 @@ def test_an_etcd_that_only_others_wrote_agrees_with_its_mirror(shell: Shell, red
 def test_the_servers_of_known_watch_faults_are_named(shell: Shell, cluster: EtcdCluster) -> None:
     shell.store = etcd_url(cluster)
     text = examined(shell).text("authority", "version")
-    version = cluster.members[0].process and text.removeprefix("etcd ").partition(":")[0]
-    assert version is not None
-    numbers = tuple(int(part) for part in version.split("."))
-    is_faulty = numbers < (3, 4, 34) or (3, 5, 0) <= numbers < (3, 5, 16)
-    assert ("may lose changes" in text) == is_faulty
+    version = str(cluster.post("/v3/maintenance/status", {})["version"])
+    assert text.partition(":")[0] == f"etcd {version}"
+    assert all(fault in text for fault in known_faults(version))
+    assert ("may lose changes" in text) == bool(known_faults(version))
+
+
+@pytest.mark.parametrize(
+    ("version", "number"),
+    [("3.4.33", 1), ("3.4.34", 0), ("3.5.2", 3), ("3.5.7", 2), ("3.5.15", 1), ("3.5.16", 0), ("3.6.0", 0), ("", 0)],
+)
+def test_which_versions_of_etcd_have_known_faults(version: str, number: int) -> None:
+    assert len(known_faults(version)) == number
+
+
+def test_an_etcd_without_room_says_so(shell: Shell) -> None:
+    with etcd() as full:
+        shell.store = etcd_url(full)
+        write(shell.store)
+        full.post("/v3/maintenance/alarm", {"action": "ACTIVATE", "alarm": "NOSPACE"})
+        report = examined(shell)
+    refused(report, "authority", "write", "its space is used up")
+    assert "NOSPACE" in report.text("authority", "version")
+    assert "etcdctl alarm disarm" in report.text("authority", "version")
 
 
 # Fifteen that are not
 
 
 def refused(report: Report, part: str, check: str, text: str) -> None:
-    """That check failed, with those words, and no other; those that need it say so."""
+    """That check failed, with those words, and no other: what needs it was not made."""
     assert report.failed == [(part, check)], report.checks
     assert text in report.text(part, check)
-    after = [
-        name for name, (state, said) in report.checks.items() if (state, said) == ("not made", f"because of {check}")
-    ]
-    assert all(name[0] == part for name in after)
 
 
 def test_a_wrong_port(shell: Shell, free_port: int) -> None:
@@ -574,6 +591,17 @@ def test_lines_for_a_person_and_exit_codes(shell: Shell, put: Put, free_port: in
         assert shell.run("doctor", *wrong).code == 2
     listed = shell.run("--help").out
     assert "doctor" in listed
+
+
+@pytest.mark.parametrize("url", ["etcd://127.0.0.1:1/shop", "redis://127.0.0.1:1/0?namespace=shop"])
+def test_a_driver_that_is_missing_is_a_failure_that_says_what_to_install(shell: Shell, url: str) -> None:
+    driver = url.partition(":")[0].replace("etcd", "urllib3")
+    code = f"import sys; sys.modules[{driver!r}] = None; from veltrix_mw.cli import main; main()"
+    done = shell.process("doctor", "--url", url, command=("-c", code))
+    assert (done.code, done.err) == (1, "")
+    (line,) = done.out.splitlines()
+    assert line.startswith("fail      authority        url ")
+    assert f"veltrix-mw[{url.partition(':')[0]}]" in line
 
 
 def test_no_store_named_is_a_failure_that_shows_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from veltrix_mw.stores.etcd_space import Space
 from veltrix_mw.stores.network_probe import Fault, Host, NetworkProbe, TlsFiles, ask_each, judged, shown, tls_context
 from veltrix_mw.stores.pace import clock_said, pace_said
 
-__all__ = ["EtcdProbe"]
+__all__ = ["EtcdProbe", "known_faults"]
 
 # From etcd's own change logs: which version mended what concerns a follower.
 _MENDED: Final[tuple[tuple[tuple[int, int, int], str], ...]] = (
@@ -237,18 +237,18 @@ class EtcdProbe:
         if not versions:
             return not_made("no member told its version")
         told = ", ".join(sorted(set(versions.values())))
-        if alarms:
-            return warn(f"etcd {told}, with {', '.join(alarms)}: mend it, then etcdctl alarm disarm")
-        oldest = min(map(_parsed, versions.values()))
-        if oldest < _OLDEST:
+        if any(_parsed(each) < _OLDEST for each in versions.values()):
             return fail(f"etcd {told} is too old for /v3 of the gateway: take 3.5 or 3.6 with the newest patch")
-        faults = [why for mended, why in _MENDED if mended[:2] == oldest[:2] and oldest < mended]
+        remedies = []
+        if alarms:
+            remedies.append(f"it reports {', '.join(alarms)}: mend that, then etcdctl alarm disarm")
+        faults = dict.fromkeys(fault for each in versions.values() for fault in known_faults(each))
         if faults:
-            return warn(
-                f"etcd {told}: {' and '.join(dict.fromkeys(faults))}. This library notices lost changes and lists "
-                "again, but take 3.5 or 3.6 with the newest patch"
+            remedies.append(
+                f"{' and '.join(faults)}. This library notices lost changes and lists again, but take 3.5 or 3.6 with "
+                "the newest patch"
             )
-        return ok(f"etcd {told}")
+        return warn(f"etcd {told}: {'; '.join(remedies)}") if remedies else ok(f"etcd {told}")
 
     def _clock(self) -> Said:
         """By the Date of an answer, which has whole seconds."""
@@ -329,6 +329,12 @@ class EtcdProbe:
 
     def _range(self, gateway: Gateway, asked: Range) -> Ranged:
         return gateway.call("/v3/kv/range", asked, Ranged, deadline_s=time.monotonic() + self._timeout_s)
+
+
+def known_faults(version: str) -> tuple[str, ...]:
+    """What is known to be wrong, for a follower, with etcd of that version; nothing for one that cannot be read."""
+    number = _parsed(version)
+    return tuple(fault for mended, fault in _MENDED if mended[:2] == number[:2] and number < mended)
 
 
 def _parsed(version: str) -> tuple[int, int, int]:

@@ -56,7 +56,7 @@ class RedisProbe:
         self._meta: Meta | None = None
         self._now_us = 0
         self._lease: bytes | None = None
-        self._may_write = False
+        self._may_write: bool | None = None  # None: that was not to be found out
         self.position: Position | None = None
 
     @property
@@ -175,12 +175,13 @@ class RedisProbe:
     def _elsewhere(self) -> list[int]:
         """The databases that hold the namespace, as far as this user may look."""
         found = []
+        end_s = time.monotonic() + self._timeout_s  # for all of them together
         try:
             with self._session() as connection:
                 told = self._info(connection, "keyspace")
             others = [int(name[2:]) for name in told if re.fullmatch(r"db\d{1,5}", name)]
             for number in [each for each in others if each != self._url.db][:_MOST_DATABASES]:
-                with self._link(number).session(self._timeout_s) as connection:
+                with self._link(number).session(max(0.0, end_s - time.monotonic())) as connection:
                     if connection.execute("EXISTS", self._names.entries):
                         found.append(number)
         except StoreError:
@@ -197,6 +198,7 @@ class RedisProbe:
             with self._session() as connection:
                 connection.try_writing(self._names.changes)
         except NotPermitted as exc:
+            self._may_write = False
             who = "relay" if self._role == "mirror" else "writer"
             return warn(f"{self._who} may read and not write: right for a worker, not for a {who}: {exc}")
         self._may_write = True
@@ -321,9 +323,9 @@ class RedisProbe:
         holder = self._state().relay
         if holder:
             return ok(f"{holder} feeds it")
-        may = "this user may write it" if self._may_write else "this user may not write it"
+        may = {True: " (this user may write it)", False: " (this user may not write it)", None: ""}[self._may_write]
         return warn(
-            f"none: nobody holds the lease ({may}). Run `veltrix relay` with credentials that may, or let such workers "
+            f"none: nobody holds the lease{may}. Run `veltrix relay` with credentials that may, or let such workers "
             "stand for election (relay='auto')"
         )
 
