@@ -19,7 +19,7 @@ from veltrix_mw.findings import Finding, Said, State, Step, examine, fail, not_m
 from veltrix_mw.keys import check_prefix
 from veltrix_mw.protocols import Position
 from veltrix_mw.settings import StoreUrl, find_mirror_url, find_url, parse_url
-from veltrix_mw.stores.opening import open_mirror_probe, open_probe, open_store
+from veltrix_mw.stores.opening import open_mirror, open_mirror_probe, open_probe, open_store
 
 if TYPE_CHECKING:
     from veltrix_mw.stores.redis_probe import RedisProbe
@@ -73,6 +73,7 @@ def diagnose(
         probe: Probe | None = None
         if parsed is not None:
             try:
+                open_store(parsed).close()  # what an app could not open is told; nothing is connected
                 probe = stack.enter_context(closing(open_probe(parsed, timeout_s=_timeout_s(parsed))))
             except SettingsError as exc:
                 said = fail(str(exc))
@@ -106,6 +107,7 @@ def _mirror_findings(
     probe: RedisProbe | None = None
     if parsed is not None:
         try:
+            open_mirror(parsed).close()
             probe = open_mirror_probe(parsed, lazy=lazy, timeout_s=_timeout_s(parsed))
         except SettingsError as exc:
             said = fail(str(exc))
@@ -192,7 +194,7 @@ def _folder_findings(folder: str | os.PathLike[str], authority: StoreUrl | None)
     try:
         with closing(open_store(authority)) as store:
             origin = store.info.url
-    except SettingsError:  # its driver is missing, which was told
+    except SettingsError:  # which was told
         origin = authority.redacted
     probe = DiskProbe(folder, namespace=authority.namespace, origin_url=origin)
     yield from examine(LAST_KNOWN_GOOD, probe.steps)

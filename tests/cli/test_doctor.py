@@ -24,6 +24,7 @@ Put = Callable[[str, Any], int]
 NAMESPACE = "shop"
 BASE = "veltrix:{shop}:"
 CONVERGE_S = 30.0
+PATIENCE_S = 5  # a server on a busy machine takes its time to look at a password
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,21 @@ def examined(shell: Shell, *arguments: str) -> Report:
     return report
 
 
-def etcd_url(cluster: EtcdCluster, *, login: str = "", query: str = "") -> str:
+def etcd_url(cluster: EtcdCluster, *, login: str = "", query: str = "", timeout_s: int = PATIENCE_S) -> str:
     hosts = ",".join(f"{host}:{port}" for host, port in cluster.hosts)
-    return f"etcd{'s' if cluster.tls else ''}://{login}{hosts}/{NAMESPACE}{query}"
+    scheme = "etcds" if cluster.tls else "etcd"
+    return f"{scheme}://{login}{hosts}/{NAMESPACE}?timeout_s={timeout_s}&{query}".removesuffix("&")
 
 
-def redis_url(server: RedisServer, *, login: str = "", db: int = 0, query: str = f"?namespace={NAMESPACE}") -> str:
-    return f"redis://{login}127.0.0.1:{server.port}/{db}{query}"
+def redis_url(
+    server: RedisServer,
+    *,
+    login: str = "",
+    db: int = 0,
+    query: str = f"namespace={NAMESPACE}",
+    timeout_s: int = PATIENCE_S,
+) -> str:
+    return f"redis://{login}127.0.0.1:{server.port}/{db}?timeout_s={timeout_s}&{query}".removesuffix("&")
 
 
 def mirror_url(server: RedisServer, *, login: str = "", db: int = 0) -> str:
@@ -107,7 +116,7 @@ def cluster() -> Iterator[EtcdCluster]:
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[EtcdCluster]:
     """An etcd with users, each of which may do something else."""
-    with etcd() as running:
+    with etcd(options=["--bcrypt-cost=4"]) as running:  # the least: passwords are quickly looked at
         write(etcd_url(running))
         running.turn_auth_on(worker="pw", writer="pw", unprefixed="pw", unkept="pw")
         running.grant("worker", "shop/", ".veltrix/shop/", access="read")
@@ -273,29 +282,37 @@ def test_a_wrong_password(shell: Shell, guarded: EtcdCluster) -> None:
         assert "wr0ng" not in each.answer.out
 
 
+def test_a_user_that_etcd_does_not_check_is_a_warning(shell: Shell, cluster: EtcdCluster) -> None:
+    shell.store = etcd_url(cluster, login="worker:pw@")
+    report = examined(shell)
+    assert report.failed == []
+    assert ("authority", "authentication") in report.warned
+    assert "authentication is off" in report.text("authority", "authentication")
+
+
 def test_a_wrong_ca(shell: Shell, tmp_path: Path) -> None:
     files = make_certificates(tmp_path / "etcd")
     strangers = make_certificates(tmp_path / "strangers")
     with etcd(tls=files) as cluster:
-        shell.store = etcd_url(cluster, query=f"?ca={files.ca}")
+        shell.store = etcd_url(cluster, query=f"ca={files.ca}")
         write(shell.store)
         well = examined(shell)
         assert well.failed == []
         assert "etcd for IP Address:127.0.0.1, signed by test CA, valid until" in well.text("authority", "tls")
         assert "ends soon" in well.text("authority", "tls")
-        shell.store = etcd_url(cluster, query=f"?ca={strangers.ca}")
+        shell.store = etcd_url(cluster, query=f"ca={strangers.ca}")
         report = examined(shell)
         refused(report, "authority", "tls", f"is not signed by the CA in {strangers.ca}")
         assert "etcd for IP Address:127.0.0.1, signed by test CA" in report.text("authority", "tls")
         assert report.checks["authority", "service"] == ("not made", "because of tls")
-        shell.store = etcd_url(cluster, query=f"?ca={tmp_path}/none.pem")
+        shell.store = etcd_url(cluster, query=f"ca={tmp_path}/none.pem")
         refused(examined(shell), "authority", "tls", f"the CA file {tmp_path}/none.pem cannot be used")
         shell.store = etcd_url(cluster).replace("etcds:", "etcd:")
         refused(examined(shell), "authority", "service", "speaks TLS only; write etcds://")
 
 
 def redis_tls_url(server: RedisServer, ca: Path) -> str:
-    return redis_url(server, query=f"?namespace=shop&ca={ca}").replace("redis:", "rediss:")
+    return redis_url(server, query=f"namespace=shop&ca={ca}").replace("redis:", "rediss:")
 
 
 def test_a_wrong_ca_of_redis(shell: Shell, tmp_path: Path) -> None:
@@ -320,7 +337,7 @@ def test_an_expired_certificate(shell: Shell, tmp_path: Path) -> None:
 def test_an_expired_certificate_of_etcd(shell: Shell, tmp_path: Path) -> None:
     files = make_certificates(tmp_path / "etcd", days=-1)
     with etcd(tls=files, waits=False) as cluster:
-        shell.store = etcd_url(cluster, query=f"?ca={files.ca}")
+        shell.store = etcd_url(cluster, query=f"ca={files.ca}")
         report = wait_until(
             lambda: report if (report := examined(shell)).state("authority", "connection") == "ok" else None,
             CONVERGE_S,
@@ -403,14 +420,14 @@ def test_the_documented_users_of_redis_may_do_what_they_are_for(shell: Shell, re
 
 def test_a_stopped_server(shell: Shell) -> None:
     with redis_server() as server:
-        shell.store = redis_url(server)
+        shell.store = redis_url(server, timeout_s=1)
         server.stop()
         try:
-            refused(examined(shell), "authority", "service", "takes connections and answers nothing within 2 s")
+            refused(examined(shell), "authority", "service", "takes connections and answers nothing within 1 s")
         finally:
             server.cont()
     with etcd() as cluster:
-        shell.store = etcd_url(cluster)
+        shell.store = etcd_url(cluster, timeout_s=1)
         cluster.pause(cluster.members[0])
         try:
             report = examined(shell)
@@ -479,7 +496,7 @@ def test_a_mirror_of_another_namespace(shell: Shell, put: Put, redis: RedisServe
     report = examined(shell, "--mirror", mirror_url(redis))
     refused(report, "mirror", "agreement", "the mirror holds incarnation another")
     redis.run("FLUSHALL")
-    write(redis_url(redis, query="?namespace=default"))
+    write(redis_url(redis, query="namespace=default"))
     refused(examined(shell, "--mirror", mirror_url(redis)), "mirror", "read", "is an authority, not a mirror")
 
 
@@ -575,6 +592,13 @@ def test_a_url_that_cannot_be_parsed_is_a_failure_that_quotes_no_secret(shell: S
         assert report.state("mirror", "url") == "fail"
         assert report.state("last-known-good", "folder") == "not made"
         assert "s3cret" not in report.answer.out
+
+
+def test_an_option_that_the_app_would_refuse_is_a_failure_of_the_url(shell: Shell, redis: RedisServer) -> None:
+    shell.store = redis_url(redis, query="namespace=shop&keep_bytes=1000000")
+    report = examined(shell)
+    assert report.failed == [("authority", "url")]
+    assert "is for a mirror" in report.text("authority", "url")
 
 
 def test_lines_for_a_person_and_exit_codes(shell: Shell, put: Put, free_port: int) -> None:

@@ -265,6 +265,11 @@ class Gateway:
         """How long the member took that served this thread's last call; those tried in vain before it do not count."""
         return getattr(self._served, "in_s", None)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether etcd checked neither user nor password, as its authentication is off; known once a call was made."""
+        return self._here().is_open
+
     def call(self, path: str, request: Message, kind: type[A], *, deadline_s: float, once: bool = False) -> A:
         """POST `request` to `path`. `once`: it must not be carried out twice, and its caller reads again if unsure.
 

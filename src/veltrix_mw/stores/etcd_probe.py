@@ -164,6 +164,12 @@ class EtcdProbe:
             pass  # a matter of permissions: it was let in
         if self._user is None:
             return ok("no user is given, and none is asked for")
+        with self._calling() as gateway:
+            if gateway.is_open:
+                return warn(
+                    f"user {self._user!r} was not checked, as etcd's authentication is off: turn it on (etcdctl auth "
+                    "enable), or leave user and password out"
+                )
         return ok(f"as user {self._user!r}")
 
     # --- what it may do
