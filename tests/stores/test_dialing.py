@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.stores.contract import WITHIN_S, in_a_fork
+from tests.support.waiting import wait_until
 from veltrix_mw.stores import dialing
 from veltrix_mw.stores.dialing import NameTimeout, addresses_of, dial
 
@@ -47,6 +48,9 @@ def resolver(monkeypatch: pytest.MonkeyPatch, listening: socket.socket) -> Itera
     monkeypatch.setattr(dialing.socket, "getaddrinfo", found)
     yield found
     found.answering.set()
+    wait_until(
+        lambda: not dialing._asking, WITHIN_S, reason="nobody asks any more: another test asks for the same name"
+    )
 
 
 def soon_s(timeout_s: float = WITHIN_S) -> float:

@@ -21,7 +21,7 @@ from tests.support.etcd_servers import Certificates, EtcdCluster, etcd, make_cer
 from tests.support.redis_servers import redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, StoreError, StoreUnavailable
-from veltrix_mw.stores import etcd_stream
+from veltrix_mw.stores import dialing, etcd_stream
 from veltrix_mw.stores.etcd_gateway import FutureRevision, Gateway, Tls, WatchStream, _Here
 from veltrix_mw.stores.etcd_messages import Operation, Range, Ranged, Transacted, Transaction, WatchCreate
 
@@ -177,6 +177,9 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Resolve]:
 
     yield resolve
     answering.set()
+    wait_until(
+        lambda: not dialing._asking, WITHIN_S, reason="nobody asks any more: another test asks for the same name"
+    )
 
 
 @pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "TLS"])
@@ -290,7 +293,7 @@ def test_a_web_server_without_such_a_page_is_no_etcd(gateway: MakeGateway) -> No
         serving = pool.submit(web.serve_forever, 0.01)
         try:
             with pytest.raises(StoreUnavailable, match=r"is no etcd \(HTTP status 404\); name its client port"):
-                read(gateway([("127.0.0.1", web.server_port)], timeout_s=1))
+                read(gateway([("127.0.0.1", web.server_port)], timeout_s=3))
         finally:
             web.shutdown()
         serving.result(WITHIN_S)

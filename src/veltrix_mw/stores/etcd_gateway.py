@@ -532,7 +532,7 @@ class Gateway:
     @staticmethod
     def _speaks_redis(host: Host, by_s: float) -> bool:
         """Whether Redis answers there, which ends a connection without a word at the first line of HTTP."""
-        by_s = min(by_s, time.monotonic() + _ATTEMPT_S / 2)
+        by_s = min(by_s, time.monotonic() + _ATTEMPT_S)
         try:
             with contextlib.closing(Connection(dial(*host, by_s))) as connection:
                 connection.send(b"PING\r\n", by_s)
@@ -616,24 +616,27 @@ class Gateway:
 
     def _not_found(self, host: Host, by_s: float) -> _Failed | None:
         """What a server of etcd's is that knows no gateway; None where it is none of etcd's."""
-        why = ""
+        where = _told(host)
         if b'"peerURLs"' in (self._page(host, "/members", by_s) or b""):
             why = (
-                f"what listens at {_told(host)} is etcd's peer port, where members speak to each other; name the "
-                "client port (2379 by default)"
+                f"what listens at {where} is etcd's peer port, where members speak to each other; name the client port "
+                "(2379 by default)"
             )
-        else:
-            version = self._page(host, "/version", by_s)
-            if version is None or b'"etcdserver"' in version:
-                why = (
-                    f"etcd at {_told(host)} has its gRPC gateway off; start it with --enable-grpc-gateway=true, which "
-                    "is its default"
-                )
-        return _Failed(why, may_have_run=False, in_vain=True) if why else None
+            return _Failed(why, may_have_run=False, in_vain=True)
+        version = self._page(host, "/version", by_s)
+        if version is None:
+            why = f"what answers at {where} has no gateway of etcd's (HTTP status 404); check the port, and its load"
+            return _Failed(why, may_have_run=False, is_late=True)
+        if b'"etcdserver"' not in version:
+            return None
+        why = (
+            f"etcd at {where} has its gRPC gateway off; start it with --enable-grpc-gateway=true, which is its default"
+        )
+        return _Failed(why, may_have_run=False, in_vain=True)
 
     def _page(self, host: Host, path: str, by_s: float) -> bytes | None:
         """What a GET is answered with, empty where there is no such page; None where no answer came."""
-        by_s = min(by_s, time.monotonic() + _ATTEMPT_S / 2)
+        by_s = min(by_s, time.monotonic() + _ATTEMPT_S)
         request = f"GET {path} HTTP/1.1\r\nHost: {_told(host)}\r\nConnection: close\r\n\r\n"
         try:
             connection = self._connected(host, by_s)

@@ -427,9 +427,10 @@ class RedisLink:
         if reset or "Connection reset" in text or "while writing to socket" in text:
             hint = " (a TLS port does so too: write rediss:// if it is one; so does etcd's: check the port)"
             if self._tls:
-                hint = (
-                    "" if self._files[1] else " (one that asks for a client certificate does so too: give cert and key)"
+                asks = (
+                    "" if self._files[1] else "one that asks for a client certificate does so too: give cert and key; "
                 )
+                hint = f" ({asks}a port without TLS, such as etcd's, does so too: check the port)"
             return StoreUnavailable(f"{url} closed the connection{hint}; try again")
         if isinstance(error, OSError):
             return StoreUnavailable(f"{url} cannot be reached: {error.strerror or type(error).__name__}")
