@@ -287,7 +287,7 @@ def test_a_web_server_without_such_a_page_is_no_etcd(gateway: MakeGateway) -> No
 
         do_POST = do_GET
 
-        def log_message(self, *_: Any) -> None: ...
+        def log_message(self, format: str, *args: Any) -> None: ...  # noqa: A002
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web, ThreadPoolExecutor(1) as pool:
         serving = pool.submit(web.serve_forever, 0.01)
