@@ -242,7 +242,7 @@ def test_an_incarnation_that_a_mirror_took_on_as_it_was_listed_is_vouched_for_to
     rig.now_s += 10
     with pytest.raises(Moved, match="does not have"):
         rig.store.list(timeout_s=1)
-    assert rig.authority.asked == ["confirm"]
+    assert rig.authority.asked == ["confirm", "confirm"]
 
 
 @pytest.mark.parametrize("how", ["watch", "confirm"])
@@ -316,3 +316,24 @@ def test_a_forked_child_knows_what_its_parent_knew_of_the_authority() -> None:
     assert tiers.known == parents.known
     for left in (HERE, Position("two", 9, "mark-9")):
         assert tiers.refuses(MirrorState(left, age_s=1.0), sent_at_s=rig.now_s)
+
+
+def test_a_start_asks_the_authority_whether_the_mirror_is_its_own() -> None:
+    rig = Rig()
+    rig.mirror.stands = Position("staging", 9, "mark-9")
+    listing = rig.store.list(timeout_s=1)
+    assert (listing.position, listing.origin) == (HERE, "etcd")
+    assert "does not have" in listing.passed_over
+    rig = Rig()
+    assert rig.store.list(timeout_s=1).origin == "redis"
+    assert rig.authority.asked == ["confirm"]
+    rig.now_s += 10
+    rig.store.list(timeout_s=1)
+    assert rig.authority.asked == ["confirm"], "it knows the mirror by now"
+    rig = Rig()
+    rig.mirror.stands = Position("two", 3, "mark-3")
+    rig.authority.fails = StoreUnavailable("no route")
+    listing = rig.store.list(timeout_s=1)
+    assert listing.position == rig.mirror.stands
+    assert listing.passed_over == "the mirror is followed, and the authority does not answer: no route"
+    assert not rig.store.list(timeout_s=1).passed_over

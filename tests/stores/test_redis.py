@@ -833,3 +833,18 @@ def test_constructing_opens_nothing(free_port: int) -> None:
     store = RedisStore("127.0.0.1", free_port)
     store.close()
     assert store.info.origin == "redis"
+
+
+def test_a_server_that_answered_before_is_not_taken_for_another_one_when_it_ends() -> None:
+    with redis_server() as server:
+        store = RedisStore("127.0.0.1", server.port, namespace="shop", timeout_s=WITHIN_S)
+        try:
+            watch = store.watch(store.list(timeout_s=WITHIN_S).position, timeout_s=WITHIN_S)
+            server.kill()
+            with pytest.raises(StoreUnavailable) as caught:
+                while True:
+                    watch.next(1.0)
+            watch.close()
+        finally:
+            store.close()
+    assert "TLS" not in str(caught.value)

@@ -77,7 +77,7 @@ class MirroredStore:
         self._lock = threading.Lock()
         self._tiers = self._new_tiers()
         self._served = False  # whether anything was listed by this process
-        self._passed_over = ""  # why the mirror was left before anything was listed, until that is told
+        self._passed_over = ""  # which tier failed before anything was listed, until that is told
         self._was_followed = False  # whether the mirror ever was
         self._unfollowed = 0  # how often in a row a mirror that is well could not be followed
         self._pid = os.getpid()
@@ -127,8 +127,7 @@ class MirroredStore:
             return listing
         self._learned(listing.position, sent_at_s)
         self._served = True
-        passed_over, self._passed_over = self._passed_over, ""
-        return replace(listing, origin=self.authority.info.origin, passed_over=passed_over)
+        return replace(listing, origin=self.authority.info.origin, passed_over=self._told_passed_over())
 
     def watch(self, position: Position, *, timeout_s: float) -> Watch:
         self._renew_after_fork()
@@ -237,7 +236,7 @@ class MirroredStore:
             return None
         with self._lock:
             usable = not self._tiers.fault if needs_fresh else not self._tiers.refuses(state, sent_at_s=sent_at_s)
-            is_new = self._tiers.is_new(state.position)
+            is_new = not self._served or self._tiers.is_new(state.position)
         if not usable or (is_new and not self._is_vouched_for(state.position)):
             return None
         try:
@@ -249,18 +248,23 @@ class MirroredStore:
         with self._lock:
             if self._tiers.refuses(held, sent_at_s=sent_at_s):
                 return None  # it went back, or was filled otherwise, while it was listed
-            is_new = self._tiers.is_new(listing.position)
+            is_new = not self._served or self._tiers.is_new(listing.position)
         is_another = listing.position.incarnation != state.position.incarnation
         if is_new and is_another and not self._is_vouched_for(listing.position):
             return None
         self._learned(listing.position, sent_at_s - listing.age_s)
         self._served = True
+        listing = replace(listing, passed_over=self._told_passed_over())
         if self._is_alike(listing.lazy):
             return listing
         return replace(listing, entries=[entry for entry in listing.entries if self._is_eager(entry[0])])
 
+    def _told_passed_over(self) -> str:
+        passed_over, self._passed_over = self._passed_over, ""
+        return passed_over
+
     def _is_vouched_for(self, position: Position) -> bool:
-        """Whether the authority does not say that a mirror's new incarnation is none of its own.
+        """Whether the authority does not say that a mirror's incarnation, new to this process, is none of its own.
 
         A mirror cannot tell whose it is: a relay of another authority may have won the lease. Where the authority does
         not answer, the mirror is believed: there may be workers that reach nothing else.
@@ -269,7 +273,9 @@ class MirroredStore:
             incarnation = self.authority.confirm(position, timeout_s=FIRST_LOOK_TIMEOUT_S).incarnation
         except Compacted:  # or `Restored`: the authority does not know such a history, or no longer
             incarnation = ""
-        except StoreError:
+        except StoreError as exc:
+            if not self._served:
+                self._passed_over = f"the mirror is followed, and the authority does not answer: {exc}"
             return True
         if incarnation == position.incarnation:
             return True

@@ -223,6 +223,7 @@ class RedisLink:
         self._db = db
         self._names = Names(namespace)
         self._namespace = namespace
+        self._has_answered = False  # whether it ever spoke Redis with us: then a hint at its port would mislead
         self._tls = tls
         self._user = user
         self._password = password
@@ -296,6 +297,7 @@ class RedisLink:
         except BaseException:
             sock.close()
             raise
+        self._has_answered = True
         with self.lock:
             self._opened.add(connection)
         return connection
@@ -431,6 +433,8 @@ class RedisLink:
                     "" if self._files[1] else "one that asks for a client certificate does so too: give cert and key; "
                 )
                 hint = f" ({asks}a port without TLS, such as etcd's, does so too: check the port)"
+            if self._has_answered:
+                hint = ""
             return StoreUnavailable(f"{url} closed the connection{hint}; try again")
         if isinstance(error, OSError):
             return StoreUnavailable(f"{url} cannot be reached: {error.strerror or type(error).__name__}")
