@@ -9,7 +9,7 @@ import pytest
 
 from veltrix_mw.errors import AuthFailed, Compacted
 from veltrix_mw.keyspace import Keyspace
-from veltrix_mw.protocols import Batch, Confirmation, Listing, Position, RawChange, Restored
+from veltrix_mw.protocols import Batch, Confirmation, Listing, NotPermitted, Position, RawChange, Restored
 from veltrix_mw.replica import (
     BACKOFF_MOST_S,
     GRACE_MOST_S,
@@ -196,3 +196,9 @@ def test_a_listing_that_cannot_be_taken_is_asked_for_less_and_less_often_and_tol
     assert told == 1
     replica.handle(Listed(50.0, 50.0, Listing(AT, [("a", b"1", 1)])))
     assert isinstance(replica.handle(Watching(50.0)).step, Next)
+
+
+def test_what_is_told_of_a_failure_names_the_public_error() -> None:
+    replica = _following()
+    notices = replica.handle(Failed(20.0, NotPermitted("not for this user"))).notices
+    assert [notice.fields["error"] for notice in notices] == ["AuthFailed"]

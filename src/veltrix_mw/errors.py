@@ -147,3 +147,8 @@ class InvalidValue(VeltrixError, ValueError):
 
 class SettingsError(VeltrixError, ValueError):
     """A setting is missing or wrong; the message says which, and how to write it."""
+
+
+def public_class(error: BaseException) -> type[BaseException]:
+    """The class to tell an error by: of ours the public one, as stores have finer ones among themselves."""
+    return next((kind for kind in type(error).__mro__ if kind.__module__ == __name__), type(error))

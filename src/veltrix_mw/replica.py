@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, Final
 
-from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, StoreError
+from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, StoreError, public_class
 from veltrix_mw.keyspace import Keyspace
 from veltrix_mw.protocols import Batch, ChangeRecord, Confirmation, Listing, Moved, Position, RawVersion, Restored
 from veltrix_mw.snapshot import Rejection, Snapshot
@@ -601,7 +601,9 @@ class Replica:
     def _go_on_unconfirmed(self, event: Failed) -> Step:
         """Watch on and ask again later; what is served ages meanwhile."""
         if self._unconfirmed == 0:
-            self._notice("veltrix.confirm_failed", "warning", reason=str(event.error), error=type(event.error).__name__)
+            self._notice(
+                "veltrix.confirm_failed", "warning", reason=str(event.error), error=public_class(event.error).__name__
+            )
         self._confirm_at_s = event.now_s + self._delay_s(CONFIRM_BACKOFF_FIRST_S, self._unconfirmed)
         self._unconfirmed += 1
         if self._unconfirmed % UNCONFIRMED_MOST == 0:
@@ -670,7 +672,7 @@ class Replica:
     def _back_off(self, error: StoreError) -> Step:
         self.error = error
         if self._failures == 0:
-            self._notice("veltrix.store_failed", "warning", reason=str(error), error=type(error).__name__)
+            self._notice("veltrix.store_failed", "warning", reason=str(error), error=public_class(error).__name__)
             self.reconnects += 1
         delay_s = self._delay_s(BACKOFF_FIRST_S, self._failures)
         self._failures += 1

@@ -23,7 +23,7 @@ from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.trace import INVALID_SPAN, get_current_span
 
-from veltrix_mw.errors import HeldBack, KeyMissing, SettingsError, VeltrixError
+from veltrix_mw.errors import HeldBack, KeyMissing, SettingsError, VeltrixError, public_class
 from veltrix_mw.version import __version__
 
 if TYPE_CHECKING:
@@ -485,7 +485,7 @@ def _tell_error(span: Span, exc: Exception) -> None:
     """
     if not span.is_recording():
         return
-    kind = type(exc)
+    kind = public_class(exc)
     message = str(exc) if isinstance(exc, VeltrixError) else None
     event = {"exception.type": f"{kind.__module__}.{kind.__qualname__}"}
     if message is not None:
