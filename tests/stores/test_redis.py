@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -624,6 +625,22 @@ def test_etcd_in_place_of_redis_is_told(open_store: OpenStore) -> None:
                 open_store(member.peer_port, **options).list(timeout_s=WITHIN_S)
         with pytest.raises(StoreUnavailable, match=r"a port without TLS, such as etcd's, .*: check the port"):
             open_store(member.port, tls=True).list(timeout_s=WITHIN_S)
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        ssl.SSLZeroReturnError(6, "TLS/SSL connection has been closed (EOF)"),
+        ssl.SSLEOFError(8, "EOF occurred in violation of protocol"),
+        ConnectionResetError(104, "Connection reset by peer"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_however_a_tls_connection_ends_before_redis_spoke_the_port_is_named(ended: OSError) -> None:
+    link = RedisStore("127.0.0.1", 6379, namespace="shop", tls=True)._link
+    named = r"a port without TLS, such as etcd's, .*: check the port"
+    with pytest.raises(StoreUnavailable, match=named), link.translating(1):
+        raise ended
 
 
 def test_a_port_without_tls_is_said(server: RedisServer, open_store: OpenStore) -> None:

@@ -525,14 +525,16 @@ class RedisLink:
             return StoreError(
                 f"the certificate of {url} is not signed by {ca} ({error.verify_message}): name its CA with ca=FILE"
             )
-        reason = (error.reason or "").upper()
+        reason = (getattr(error, "reason", None) or "").upper()
         if "CERTIFICATE_REQUIRED" in reason or "HANDSHAKE_FAILURE" in reason:
             return AuthFailed(f"{url} asks for a client certificate: give cert=FILE and key=FILE")
         if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason):
             return AuthFailed(f"{url} refused our client certificate ({reason.lower()}): give one that its CA signed")
         if reason in {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"}:
             return StoreError(f"{url} does not speak TLS: write redis://, or name its TLS port")
-        hint = " (a port without TLS, such as etcd's, does so too: check the port)" if "EOF" in reason else ""
+        # The end of the connection may come before its reset, and has more than one name.
+        is_closed = not self._has_answered and (not reason or "EOF" in reason)
+        hint = " (a port without TLS, such as etcd's, does so too: check the port)" if is_closed else ""
         return StoreUnavailable(f"the TLS connection to {url} failed ({reason.lower() or 'closed'}){hint}; try again")
 
 
