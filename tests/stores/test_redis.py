@@ -30,7 +30,7 @@ from tests.support.redis_servers import Certificates, RedisServer, redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw.errors import AuthFailed, Compacted, StoreError, StoreUnavailable
 from veltrix_mw.protocols import Listing, Position, RawOperation, Restored
-from veltrix_mw.stores import redis_reading
+from veltrix_mw.stores import dialing, redis_reading
 from veltrix_mw.stores.redis import RedisStore
 from veltrix_mw.stores.redis_mirror import RedisMirror
 from veltrix_mw.values import MISSING
@@ -865,3 +865,22 @@ def test_a_server_that_answered_before_is_not_taken_for_another_one_when_it_ends
         finally:
             store.close()
     assert "TLS" not in str(caught.value)
+
+
+def test_a_name_that_is_not_resolved_is_said_by_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+
+    def hang(host: str, port: int, *options: int) -> list[Any]:
+        if len(options) <= 3:  # not the look whether it is a number
+            assert answers.wait(WITHIN_S)
+        raise socket.gaierror(socket.EAI_NONAME, "a name")
+
+    monkeypatch.setattr(dialing.socket, "getaddrinfo", hang)
+    store = RedisStore("h1", 6379, namespace="shop", timeout_s=WITHIN_S)
+    try:
+        with pytest.raises(StoreUnavailable, match=r"the name h1 of redis://h1:6379/0 was not resolved within 0\.05 s"):
+            store.list(timeout_s=0.05)
+    finally:
+        answers.set()
+        wait_until(lambda: not dialing._asking, WITHIN_S, reason="nobody asks any more")
+        store.close()

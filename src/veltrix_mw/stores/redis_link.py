@@ -29,6 +29,7 @@ from redis.connection import Connection as _DriverConnection
 from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
 from veltrix_mw.protocols import NotPermitted
+from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
 
 __all__ = ["Command", "Connection", "RedisLink"]
@@ -355,24 +356,8 @@ class RedisLink:
 
     def _dial(self, deadline_s: float) -> socket.socket:
         context = self._tls_context() if self._tls else None
-        failure: OSError | None = None
-        for family, kind, protocol, _, address in socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM):
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise TimeoutError
-            raw = socket.socket(family, kind, protocol)
-            try:
-                raw.settimeout(left_s)
-                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                raw.connect(address)
-                return raw if context is None else self._secured(context, raw)
-            except OSError as exc:
-                raw.close()
-                failure = exc
-            except BaseException:
-                raw.close()
-                raise
-        raise failure or OSError(f"{self._host} has no address")
+        finish = None if context is None else lambda raw: self._secured(context, raw)
+        return dial(self._host, self._port, deadline_s, finish=finish)
 
     def _secured(self, context: ssl.SSLContext, raw: socket.socket) -> socket.socket:
         try:
@@ -414,6 +399,10 @@ class RedisLink:
             return self._not_let_in(text)
         if isinstance(error, errors.BusyLoadingError):
             return StoreUnavailable(f"{url} is still loading its data; try again")
+        if isinstance(error, NameTimeout):
+            return StoreUnavailable(
+                f"the name {self._host} of {url} was not resolved within {timeout_s:g} s; check this machine's DNS"
+            )
         if isinstance(error, (errors.TimeoutError, TimeoutError)):
             return StoreUnavailable(f"{url} did not answer within {timeout_s:g} s; is it up, and reachable from here?")
         if isinstance(error, errors.InvalidResponse):
