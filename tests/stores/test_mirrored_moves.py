@@ -49,6 +49,7 @@ class Scripted:
         self.watch_fails: StoreError | None = None
         self.stands = HERE
         self.listed: Position | None = None  # where it stands by the time it is listed, if elsewhere
+        self.age_s = 1.0
         self.lazy: tuple[str, ...] = ()
         self.lists_without: tuple[str, ...] = ()
         self.granted_s: list[float] = []
@@ -79,7 +80,7 @@ class Scripted:
 
     def state(self, *, timeout_s: float) -> MirrorState:
         self._ask("state")
-        return MirrorState(self.stands, lazy=self.lazy, age_s=1.0)
+        return MirrorState(self.stands, lazy=self.lazy, age_s=self.age_s)
 
 
 class Rig:
@@ -336,4 +337,16 @@ def test_a_start_asks_the_authority_whether_the_mirror_is_its_own() -> None:
     listing = rig.store.list(timeout_s=1)
     assert listing.position == rig.mirror.stands
     assert listing.passed_over == "the mirror is followed, and the authority does not answer: no route"
+    assert not rig.store.list(timeout_s=1).passed_over
+
+
+def test_a_start_from_a_mirror_that_is_not_well_says_which_tier_fails_and_asks_that_once() -> None:
+    rig = Rig()
+    rig.mirror.age_s = 60.0
+    rig.authority.fails = StoreUnavailable("no route")
+    listing = rig.store.list(timeout_s=1)
+    assert listing.origin == "redis"
+    assert listing.passed_over == "the mirror is followed, and the authority does not answer: no route"
+    assert rig.authority.asked == ["list"]
+    rig.authority.fails = None
     assert not rig.store.list(timeout_s=1).passed_over

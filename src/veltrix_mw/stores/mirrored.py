@@ -121,10 +121,11 @@ class MirroredStore:
                 raise self._moved_back(exc) from exc
             # Nothing is served yet: what a mirror knew some time ago, and says how old it is, is better.
             left_s = max(FIRST_LOOK_TIMEOUT_S, deadline_s - self._clock())
-            listing = self._list_of_mirror(left_s, needs_fresh=False)
+            listing = self._list_of_mirror(left_s, needs_fresh=False, alone=True)
             if listing is None:
                 raise
-            return listing
+            self._passed_over = ""
+            return replace(listing, passed_over=_unanswered(exc))
         self._learned(listing.position, sent_at_s)
         self._served = True
         return replace(listing, origin=self.authority.info.origin, passed_over=self._told_passed_over())
@@ -228,15 +229,18 @@ class MirroredStore:
 
     # --- the mirror
 
-    def _list_of_mirror(self, timeout_s: float, *, needs_fresh: bool) -> Listing | None:
-        """What the mirror holds, if it is to be believed; `needs_fresh`: and if it is well."""
+    def _list_of_mirror(self, timeout_s: float, *, needs_fresh: bool, alone: bool = False) -> Listing | None:
+        """What the mirror holds, if it is to be believed; `needs_fresh`: and if it is well.
+
+        `alone`: the authority has just failed, and is not asked to vouch for it.
+        """
         sent_at_s = self._clock()
         state = self._ask_mirror(min(timeout_s, FIRST_LOOK_TIMEOUT_S))
         if state is None:
             return None
         with self._lock:
             usable = not self._tiers.fault if needs_fresh else not self._tiers.refuses(state, sent_at_s=sent_at_s)
-            is_new = not self._served or self._tiers.is_new(state.position)
+            is_new = not alone and (not self._served or self._tiers.is_new(state.position))
         if not usable or (is_new and not self._is_vouched_for(state.position)):
             return None
         try:
@@ -248,7 +252,7 @@ class MirroredStore:
         with self._lock:
             if self._tiers.refuses(held, sent_at_s=sent_at_s):
                 return None  # it went back, or was filled otherwise, while it was listed
-            is_new = not self._served or self._tiers.is_new(listing.position)
+            is_new = not alone and (not self._served or self._tiers.is_new(listing.position))
         is_another = listing.position.incarnation != state.position.incarnation
         if is_new and is_another and not self._is_vouched_for(listing.position):
             return None
@@ -275,7 +279,7 @@ class MirroredStore:
             incarnation = ""
         except StoreError as exc:
             if not self._served:
-                self._passed_over = f"the mirror is followed, and the authority does not answer: {exc}"
+                self._passed_over = _unanswered(exc)
             return True
         if incarnation == position.incarnation:
             return True
@@ -359,6 +363,10 @@ class MirroredStore:
             self._lock = threading.Lock()  # a thread of the parent may have held it
             parents, self._tiers = self._tiers, self._new_tiers()
             self._tiers.inherit(parents)
+
+
+def _unanswered(error: StoreError) -> str:
+    return f"the mirror is followed, and the authority does not answer: {error}"
 
 
 class _MirrorWatch:
