@@ -88,7 +88,7 @@ def test_a_namespace_that_nobody_wrote_to_is_told_and_is_ready_all_the_same(
         assert status.unwritten == status.as_dict()["unwritten"] == client.unwritten()
         client.wait_for(client.put("k", 1), WITHIN_S)
         assert client.status().unwritten == ""
-    assert told(caplog, "veltrix.unwritten") == [("WARNING", f"veltrix.unwritten reason={status.unwritten}")]
+    assert told(caplog, "veltrix.unwritten") == [("WARNING", f"veltrix.unwritten reason={status.unwritten!r}")]
 
 
 def test_a_memory_store_is_empty_at_first_and_nothing_is_said_of_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -569,7 +569,7 @@ class ConfigClient:
         from veltrix_mw.status import unwritten
 
         self._told_unwritten = True
-        _log.warning("veltrix.unwritten reason=%s", unwritten(self._authority.info))
+        _log.warning("veltrix.unwritten reason=%r", unwritten(self._authority.info))
 
     # Writing
 
