@@ -14,10 +14,10 @@ from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING, Final, Protocol
 
-from veltrix_mw.errors import SettingsError
+from veltrix_mw.errors import Compacted, SettingsError, StoreError
 from veltrix_mw.findings import Finding, Said, State, Step, examine, fail, not_made, ok, warn
 from veltrix_mw.keys import check_prefix
-from veltrix_mw.protocols import Position
+from veltrix_mw.protocols import Position, Restored, Store
 from veltrix_mw.settings import StoreUrl, find_mirror_url, find_url, parse_url
 from veltrix_mw.stores.opening import open_mirror, open_mirror_probe, open_probe, open_store
 
@@ -30,20 +30,18 @@ AUTHORITY: Final = "authority"
 MIRROR: Final = "mirror"
 LAST_KNOWN_GOOD: Final = "last-known-good"
 
-CALL_TIMEOUT_S: Final = 2.0
-"""How long a check waits for a server: what a call waits by default. A URL's own `timeout_s` counts, up to ..."""
+CHECK_S: Final = 2.0
+"""How long a check may take: what a call may by default. A URL's own `timeout_s` counts, up to ..."""
 
-CALL_TIMEOUT_MOST_S: Final = 5.0
+CHECK_MOST_S: Final = 5.0
 """... this: a diagnosis is to end while somebody waits for it."""
 
-_SETTLE_S: Final = 2.0  # what is on its way to a mirror that is fed comes within milliseconds
+_SETTLE_SHARE: Final = 0.5  # of a check's time: what is on its way to a mirror that is fed comes within milliseconds
 _AGAIN_S: Final = 0.1
 
 
 class Probe(Protocol):
-    """What looks at one store. `position` is where it stands, None where that was not read."""
-
-    position: Position | None
+    """What looks at one store."""
 
     @property
     def steps(self) -> tuple[Step, ...]: ...
@@ -62,7 +60,8 @@ def diagnose(
     """Look at authority, mirror and last-known-good folder; yields each finding as it is made.
 
     The arguments mean what they mean to `ConfigClient`, environment included; what is wrong with a URL is a finding.
-    Raises `SettingsError` where `lazy` holds no prefixes. Each check ends within some seconds.
+    Raises `SettingsError` where `lazy` holds no prefixes. Each check of a server ends within `CHECK_S`, or the URL's
+    `timeout_s` up to `CHECK_MOST_S`, and at most half a second after.
     """
     try:
         prefixes = tuple(check_prefix(prefix) for prefix in lazy)
@@ -70,19 +69,25 @@ def diagnose(
         raise SettingsError(f"lazy: {exc}") from exc
     with ExitStack() as stack:
         parsed, said = _parsed_authority(url, namespace)
+        store: Store | None = None
         probe: Probe | None = None
         if parsed is not None:
             try:
-                open_store(parsed).close()  # what an app could not open is told; nothing is connected
+                # What an app could not open is told; nothing is connected.
+                store = stack.enter_context(closing(open_store(parsed)))
                 probe = stack.enter_context(closing(open_probe(parsed, timeout_s=_timeout_s(parsed))))
             except SettingsError as exc:
                 said = fail(str(exc))
-        yield from examine(AUTHORITY, [Step("url", lambda: said), *(() if probe is None else probe.steps)])
+        steps = [Step("url", lambda _: said), *(() if probe is None else probe.steps)]
+        is_read = False
+        for finding in examine(AUTHORITY, steps, timeout_s=_timeout_s(parsed)):
+            is_read = is_read or (finding.check == "read" and finding.state in {State.OK, State.WARN})
+            yield finding
         mirror = find_mirror_url(None) if mirror is None else mirror
         if mirror:
-            yield from _mirror_findings(mirror, parsed, probe, prefixes, stack)
-    if last_known_good is not None:
-        yield from _folder_findings(last_known_good, parsed)
+            yield from _mirror_findings(mirror, parsed, store if is_read else None, prefixes, stack)
+        if last_known_good is not None:
+            yield from _folder_findings(last_known_good, parsed, store)
 
 
 def _parsed_authority(url: str | None, namespace: str | None) -> tuple[StoreUrl | None, Said]:
@@ -95,16 +100,16 @@ def _parsed_authority(url: str | None, namespace: str | None) -> tuple[StoreUrl 
     return parsed, ok(parsed.redacted)
 
 
-def _timeout_s(url: StoreUrl) -> float:
-    return min(CALL_TIMEOUT_MOST_S, float(url.options.get("timeout_s", CALL_TIMEOUT_S)))
+def _timeout_s(url: StoreUrl | None) -> float:
+    return CHECK_S if url is None else min(CHECK_MOST_S, float(url.options.get("timeout_s", CHECK_S)))
 
 
 def _mirror_findings(
-    url: str, authority: StoreUrl | None, authority_probe: Probe | None, lazy: tuple[str, ...], stack: ExitStack
+    url: str, authority: StoreUrl | None, store: Store | None, lazy: tuple[str, ...], stack: ExitStack
 ) -> Iterator[Finding]:
+    """`store` is the authority, where it can be read."""
     parsed, said, agreed = _parsed_mirror(url, authority)
-    steps = [Step("url", lambda: said), Step("namespace", lambda: agreed, needs=("url",))]
-    probe: RedisProbe | None = None
+    steps = [Step("url", lambda _: said), Step("namespace", lambda _: agreed, needs=("url",))]
     if parsed is not None:
         try:
             open_mirror(parsed).close()
@@ -116,14 +121,14 @@ def _mirror_findings(
             found = probe
             steps += [
                 *probe.steps,
-                Step("agreement", lambda: _agreement(authority_probe, found), needs=("namespace", "read")),
+                Step("agreement", lambda by_s: _agreement(store, found, by_s), needs=("namespace", "read")),
             ]
-    yield from examine(MIRROR, steps)
+    yield from examine(MIRROR, steps, timeout_s=_timeout_s(parsed))
 
 
 def _parsed_mirror(url: str, authority: StoreUrl | None) -> tuple[StoreUrl | None, Said, Said]:
-    """The mirror's URL, what to say of it, and of its namespace."""
-    unsaid = not_made("the authority's URL names none")
+    """The mirror's URL taken apart, what is said of it, and what is said of its namespace."""
+    unsaid = not_made("because of the authority's url, which names it")
     given = None if authority is None else authority.namespace
     try:
         own = _own_namespace(url)
@@ -155,46 +160,58 @@ def _own_namespace(url: str) -> str | None:
         return None
 
 
-def _agreement(authority: Probe | None, mirror: RedisProbe) -> Said:
+def _agreement(authority: Store | None, mirror: RedisProbe, by_s: float) -> Said:
     """Whether the mirror holds the authority's history, and how far it is behind."""
-    if authority is None or authority.position is None:
-        return not_made("the authority did not say where it stands")
-    ahead, end_s, pause = authority.position, time.monotonic() + _SETTLE_S, Event()
+    if authority is None:
+        return not_made("the authority cannot be read")
+    settled_s, pause = by_s - _SETTLE_SHARE * (by_s - time.monotonic()), Event()
     while True:
         position = mirror.position
         assert position is not None
         if not position.incarnation:
             return not_made("the mirror is empty")
-        behind = ahead.revision - position.revision
-        if position.incarnation == ahead.incarnation and behind <= 0:
-            return ok(f"both at incarnation {ahead.incarnation}, the mirror at revision {position.revision}")
-        if time.monotonic() >= end_s:
-            break
+        said = _compared(authority, position, by_s)
+        if said.state in {State.OK, State.NOT_MADE} or time.monotonic() >= settled_s:
+            return said
         pause.wait(_AGAIN_S)
-        mirror.look_again()
-    if position.incarnation != ahead.incarnation:
+        mirror.look_again(by_s)
+
+
+def _compared(authority: Store, position: Position, by_s: float) -> Said:
+    """What the authority says of where its mirror stands."""
+    remedy = "Give each authority a db or namespace of its own; a relay of this one fills the mirror anew"
+    here = f"the mirror is at revision {position.revision} of incarnation {position.incarnation}"
+    try:
+        confirmation = authority.confirm(position, timeout_s=by_s - time.monotonic())
+    except Restored as exc:
         return fail(
-            f"the mirror holds incarnation {position.incarnation}, the authority {ahead.incarnation or 'none'}: it is "
-            "fed from another authority, or from this one before a restore. Give each authority a db or namespace of "
-            "its own; a relay of this one fills it anew"
+            f"{here}, which is of another history ({exc}): it is fed from another authority, or from this one before a "
+            f"restore. {remedy}"
         )
+    except Compacted as exc:
+        return fail(f"{here}, which may be of another history: the authority does not keep it ({exc}). {remedy}")
+    except StoreError as exc:
+        return not_made(f"the authority was not to be asked: {exc}")
+    if confirmation.incarnation != position.incarnation:
+        return fail(f"{here}, and the authority at incarnation {confirmation.incarnation or 'none'}. {remedy}")
+    behind = confirmation.revision - position.revision
+    if behind <= 0:
+        return ok(f"both at incarnation {position.incarnation}, the mirror at revision {position.revision}")
     return warn(
-        f"the mirror is at revision {position.revision}, {behind} behind the authority's {ahead.revision}, and does "
-        "not catch up: look at the relay and its log"
+        f"{here}, {behind} behind the authority's {confirmation.revision}, and does not catch up: look at the relay "
+        "and its log"
     )
 
 
-def _folder_findings(folder: str | os.PathLike[str], authority: StoreUrl | None) -> Iterator[Finding]:
+def _folder_findings(
+    folder: str | os.PathLike[str], authority: StoreUrl | None, store: Store | None
+) -> Iterator[Finding]:
     from veltrix_mw.disk_probe import DiskProbe
 
     if authority is None:
         why = "because of the authority's url, which names the namespace"
         yield Finding(LAST_KNOWN_GOOD, "folder", State.NOT_MADE, why)
         return
-    try:
-        with closing(open_store(authority)) as store:
-            origin = store.info.url
-    except SettingsError:  # which was told
-        origin = authority.redacted
+    origin = authority.redacted if store is None else store.info.url
     probe = DiskProbe(folder, namespace=authority.namespace, origin_url=origin)
-    yield from examine(LAST_KNOWN_GOOD, probe.steps)
+    yield from examine(LAST_KNOWN_GOOD, probe.steps, timeout_s=CHECK_S)

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 from typing import Final
 
-from veltrix_mw.disk import LastKnownGood, Saved
+from veltrix_mw.disk import LastKnownGood
 from veltrix_mw.findings import Said, Step, fail, not_made, ok, warn
+from veltrix_mw.words import ago, counted
 
 __all__ = ["DiskProbe"]
 
@@ -38,7 +39,7 @@ class DiskProbe:
             Step("kept", self._kept, needs=("folder",)),
         )
 
-    def _look(self) -> Said:
+    def _look(self, _by_s: float) -> Said:
         folder = self._folder
         if folder.is_dir():
             return ok(f"{folder} is there")
@@ -53,7 +54,7 @@ class DiskProbe:
             )
         return warn(f"{folder} is not there yet: the first save makes it; or is another one meant?")
 
-    def _write(self) -> Said:
+    def _write(self, _by_s: float) -> Said:
         folder = self._folder
         if not folder.is_dir():
             return not_made("there is no folder yet")
@@ -69,28 +70,17 @@ class DiskProbe:
             )
         return ok("this user can write there (tried with a file without a name)")
 
-    def _kept(self) -> Said:
+    def _kept(self, _by_s: float) -> Said:
         if not self._folder.is_dir():
             return not_made("there is no folder yet")
         saved, reason = self._file.load(), self._file.error
         if saved is None:
             return warn(reason or f"nothing is kept of the namespace {self._namespace!r}: a cold start without a store "
                         "has the defaults alone, until a worker saved once")  # fmt: skip
-        told = f"revision {saved.position.revision}, {_keys(len(saved.entries))}, saved {_ago(saved)}"
+        age_s = time.time() - saved.saved_at_s
+        told = f"revision {saved.position.revision}, {counted(len(saved.entries), 'key')}, saved {ago(age_s)}"
         if reason:
             return warn(f"{told}; {reason}")
-        if time.time() - saved.saved_at_s > OLD_S:
+        if age_s > OLD_S:
             return warn(f"{told}: is it written to by the workers of today?")
         return ok(told)
-
-
-def _keys(number: int) -> str:
-    return "1 key" if number == 1 else f"{number} keys"
-
-
-def _ago(saved: Saved) -> str:
-    age_s = max(0.0, time.time() - saved.saved_at_s)
-    for unit_s, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if age_s >= 2 * unit_s:
-            return f"{age_s / unit_s:.0f} {name} ago"
-    return f"{age_s:.0f} s ago"

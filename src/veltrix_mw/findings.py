@@ -1,12 +1,13 @@
 """Findings: what an examination says, and the order that it goes in.
 
-Owns the shape of a finding, and the rule that a check whose predecessor failed is told not to be made. Knows no store,
-and decides nothing about what is well.
+Owns the shape of a finding, the rule that a check whose predecessor failed is told not to be made, and the deadline of
+each check. Knows no store, and decides nothing about what is well.
 """
 
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,10 +51,14 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A check to make, unless one that it `needs` failed. What `ask` raises as a `StoreError` is a failure."""
+    """A check to make, unless one that it `needs` failed.
+
+    `ask` is told by when to have asked its servers (monotonic), all of them and however often. What it raises as a
+    `StoreError` is a failure.
+    """
 
     check: str
-    ask: Callable[[], Said]
+    ask: Callable[[float], Said]
     needs: tuple[str, ...] = ()
 
 
@@ -74,8 +79,8 @@ def not_made(why: str) -> Said:
     return Said(State.NOT_MADE, why)
 
 
-def examine(part: str, steps: Sequence[Step]) -> Iterator[Finding]:
-    """Make the checks in order, and say of each how it ended. Raises nothing."""
+def examine(part: str, steps: Sequence[Step], *, timeout_s: float) -> Iterator[Finding]:
+    """Make the checks in order, each within `timeout_s`, and say of each how it ended. Raises nothing."""
     failed: dict[str, str] = {}  # the checks that failed, or were not made for it, and the one that failed first
     for step in steps:
         first = next((failed[name] for name in step.needs if name in failed), None)
@@ -83,15 +88,15 @@ def examine(part: str, steps: Sequence[Step]) -> Iterator[Finding]:
             failed[step.check] = first
             yield Finding(part, step.check, State.NOT_MADE, f"because of {first}")
             continue
-        said = _asked(step)
+        said = _asked(step, time.monotonic() + timeout_s)
         if said.state is State.FAIL:
             failed[step.check] = step.check
         yield Finding(part, step.check, said.state, said.text)
 
 
-def _asked(step: Step) -> Said:
+def _asked(step: Step, by_s: float) -> Said:
     try:
-        return step.ask()
+        return step.ask(by_s)
     except StoreError as exc:
         return fail(str(exc))
     except Exception as exc:  # noqa: BLE001  # the other checks are to be made all the same

@@ -22,6 +22,7 @@ __all__ = [
     "ChangeRecord",
     "Confirmation",
     "Followed",
+    "Leaderless",
     "Lease",
     "Limits",
     "Listing",
@@ -29,6 +30,7 @@ __all__ = [
     "MirrorState",
     "MirrorWriter",
     "Moved",
+    "NotLetIn",
     "NotPermitted",
     "Position",
     "RawChange",
@@ -36,6 +38,7 @@ __all__ = [
     "RawVersion",
     "Remembered",
     "Restored",
+    "Silent",
     "Store",
     "StoreInfo",
     "Watch",
@@ -187,8 +190,24 @@ class Moved(StoreUnavailable):
         self.mended = mended
 
 
+class NotLetIn(AuthFailed):
+    """The store refused user or password, or wants some where none are given."""
+
+
 class NotPermitted(AuthFailed):
-    """The store took the credentials, and they do not allow this."""
+    """The store took the credentials, and they do not allow this: `lacking`, where the store names it."""
+
+    def __init__(self, message: str, *, lacking: str = "") -> None:
+        super().__init__(message)
+        self.lacking = lacking
+
+
+class Silent(StoreUnavailable):
+    """The store did not answer by the deadline."""
+
+
+class Leaderless(StoreUnavailable):
+    """The store answers, and serves nothing: its members have elected no leader."""
 
 
 class Restored(Compacted):

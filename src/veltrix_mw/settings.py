@@ -19,7 +19,9 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 from veltrix_mw.errors import SettingsError
 from veltrix_mw.keys import check_namespace
 
-__all__ = ["DEFAULT_NAMESPACE", "StoreUrl", "find_mirror_url", "find_url", "parse_url"]
+__all__ = ["DEFAULT_NAMESPACE", "Host", "StoreUrl", "find_mirror_url", "find_url", "parse_url", "shown"]
+
+Host = tuple[str, int]
 
 DEFAULT_NAMESPACE: Final = "default"
 """The namespace of an embedded store (one application a file) that names none."""
@@ -78,7 +80,7 @@ class StoreUrl:
     name: str
     namespace: str
     options: Mapping[str, float | int | str] = field(default_factory=dict)
-    hosts: tuple[tuple[str, int], ...] = ()
+    hosts: tuple[Host, ...] = ()
     db: int = 0
     user: str | None = field(default=None, repr=False)
     password: str | None = field(default=None, repr=False)
@@ -91,7 +93,7 @@ class StoreUrl:
     @property
     def redacted(self) -> str:
         """The URL without user, password and options: what may be shown and logged."""
-        servers = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)
+        servers = ",".join(map(shown, self.hosts))
         namespace = quote(self.namespace)
         if self.scheme in _ETCD_SCHEMES:
             return f"{self.scheme}://{servers}/{namespace}"
@@ -99,6 +101,11 @@ class StoreUrl:
         slash = "/" if self.scheme == "sqlite" else ""
         query = f"?namespace={namespace}" if self.hosts or self.namespace != DEFAULT_NAMESPACE else ""
         return f"{self.scheme}://{slash}{where}{query}"
+
+
+def shown(host: Host) -> str:
+    """A host as it is written in a URL, its port with it."""
+    return f"[{host[0]}]:{host[1]}" if ":" in host[0] else f"{host[0]}:{host[1]}"
 
 
 def find_url(url: str | None, *, environ: Mapping[str, str] | None = None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tests.support.redis_servers import Certificates, RedisServer, redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
 from veltrix_mw.diagnosis import diagnose
+from veltrix_mw.stores.etcd_gateway import Gateway
 from veltrix_mw.stores.etcd_probe import known_faults
 
 Put = Callable[[str, Any], int]
@@ -148,6 +151,20 @@ def test_a_file_that_is_not_there_yet_is_a_warning_and_is_not_made(shell: Shell)
     assert examined(shell).failed == [("authority", "file")]
 
 
+def test_an_empty_file_is_told_as_one_and_left_so(shell: Shell) -> None:
+    file = shell.folder / "empty.db"
+    file.touch()
+    shell.store = f"sqlite:///{file}"
+    report = examined(shell)
+    assert report.failed == []
+    assert report.warned == [("authority", "read")]
+    assert report.text("authority", "file") == f"{file} is there"
+    assert f"{file} is an empty file" in report.text("authority", "read")
+    assert "the empty file can be filled" in report.text("authority", "write")
+    assert [each.name for each in shell.folder.iterdir()] == ["empty.db"]
+    assert file.stat().st_size == 0
+
+
 def test_a_redis_that_is_well_and_untouched(shell: Shell) -> None:
     with redis_server("--appendonly", "yes") as server:
         shell.store = redis_url(server)
@@ -157,7 +174,7 @@ def test_a_redis_that_is_well_and_untouched(shell: Shell) -> None:
         assert (report.failed, report.warned) == ([], [])
         assert set(dict.fromkeys(state for state, _ in report.checks.values())) == {"ok"}
         assert report.state("authority", "write") == "ok"
-        assert report.text("authority", "stream").startswith("1 entry, from revision 1 to 1")
+        assert report.text("authority", "stream").startswith("1 change, from revision 1 to 1")
         assert server.run("DEBUG", "DIGEST") == before
         assert sorted(server.run("KEYS", "*")) == [f"{BASE}changes".encode(), f"{BASE}entries".encode()]
 
@@ -324,6 +341,63 @@ def test_a_wrong_ca_of_redis(shell: Shell, tmp_path: Path) -> None:
         refused(examined(shell), "authority", "tls", f"is not signed by the CA in {stranger.ca}")
 
 
+def test_a_client_certificate_that_is_not_given_or_of_another_ca(shell: Shell, tmp_path: Path) -> None:
+    ours, stranger = Certificates(tmp_path, "ours"), Certificates(tmp_path, "stranger")
+    cert, key = ours.issue("client")
+    others, their_key = stranger.issue("other")
+    # Since TLS 1.3 a client has finished its handshake when the server minds.
+    for version, check in (("TLSv1.2", "tls"), ("TLSv1.3", "service")):
+        options = ("--tls-auth-clients", "yes", "--tls-protocols", version)
+        with redis_server(*options, tls=(ours.ca, *ours.issue("server"))) as server:
+            shell.store = f"{redis_tls_url(server, ours.ca)}&cert={cert}&key={key}"
+            assert examined(shell).failed == []
+            shell.store = redis_tls_url(server, ours.ca)
+            refused(examined(shell), "authority", check, "asks for a client certificate")
+            shell.store = f"{redis_tls_url(server, ours.ca)}&cert={others}&key={their_key}"
+            refused(examined(shell), "authority", check, "give one that its CA signed")
+
+
+def test_a_client_certificate_of_etcd_that_is_not_given_or_of_another_ca(shell: Shell, tmp_path: Path) -> None:
+    files, strangers = make_certificates(tmp_path / "etcd"), make_certificates(tmp_path / "strangers")
+    with etcd(tls=files, options=["--client-cert-auth", "--trusted-ca-file", str(files.ca)]) as cluster:
+        shell.store = etcd_url(cluster, query=f"ca={files.ca}&cert={files.client_cert}&key={files.client_key}")
+        assert examined(shell).failed == []
+        shell.store = etcd_url(cluster, query=f"ca={files.ca}")
+        refused(examined(shell), "authority", "service", "refused this client's certificate")
+        shell.store = etcd_url(cluster, query=f"ca={files.ca}&cert={strangers.client_cert}&key={strangers.client_key}")
+        refused(examined(shell), "authority", "service", "refused this client's certificate")
+
+
+@contextmanager
+def alerting(alert: int) -> Iterator[int]:
+    """A server that ends each TLS handshake with this alert; its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    with listening.accept()[0] as raw:
+                        raw.recv(65536)
+                        raw.sendall(bytes([0x15, 3, 3, 0, 2, 2, alert]))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize("url", ["etcds://127.0.0.1:{}/shop", "rediss://127.0.0.1:{}/0?namespace=shop"])
+def test_an_alert_that_is_not_about_certificates_is_not_told_as_one(shell: Shell, url: str) -> None:
+    with alerting(70) as port:  # protocol_version
+        shell.store = url.format(port)
+        report = examined(shell)
+        refused(report, "authority", "tls", "ended the TLS handshake (tlsv1_alert_protocol_version)")
+        assert "certificate" not in report.text("authority", "tls")
+
+
 def test_an_expired_certificate(shell: Shell, tmp_path: Path) -> None:
     ca = Certificates(tmp_path, "ours")
     with redis_server(tls=(ca.ca, *ca.issue("old", days=-1))) as server:
@@ -404,6 +478,37 @@ def test_a_redis_user_that_only_reads(shell: Shell, put: Put, redis: RedisServer
         assert "not for this user to know" in report.text("mirror", "stream")
     report = examined(shell, "--mirror", mirror_url(redis, login="worker:pw@"))
     assert "this user may not write it" in report.text("mirror", "relay")
+
+
+def test_a_reader_of_a_redis_authority_leaves_unmade_what_info_tells(shell: Shell, redis: RedisServer) -> None:
+    redis.run(
+        "ACL", "SETUSER", "worker", "on", ">pw", "resetkeys", "-@all", f"%R~{BASE}*",
+        *["+get", "+time", "+exists", "+hmget", "+hscan", "+xrange", "+xread"],
+    )  # fmt: skip
+    write(redis_url(redis))
+    shell.store = redis_url(redis, login="worker:pw@")
+    report = examined(shell)
+    assert report.failed == []
+    unmade = [check for (_, check), (state, _) in report.checks.items() if state == "not made"]
+    assert unmade == ["version", "memory", "persistence"]
+
+
+def test_each_check_of_etcd_asks_by_one_deadline(cluster: EtcdCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    call = Gateway.call
+
+    def noted(self: Gateway, *arguments: Any, deadline_s: float, **options: Any) -> Any:
+        asked.append(deadline_s)
+        return call(self, *arguments, deadline_s=deadline_s, **options)
+
+    monkeypatch.setattr(Gateway, "call", noted)
+    calls = {}
+    for finding in diagnose(etcd_url(cluster), mirror=""):
+        calls[finding.check] = (len(asked), len(set(asked)))
+        asked.clear()
+    assert calls["write"] == (3, 1)
+    assert calls["round trip"] == (5, 1)
+    assert all(different <= 1 for _, different in calls.values())
 
 
 def test_the_documented_users_of_redis_may_do_what_they_are_for(shell: Shell, redis: RedisServer) -> None:
@@ -494,7 +599,7 @@ def test_a_mirror_of_another_namespace(shell: Shell, put: Put, redis: RedisServe
         pass
     redis.run("HSET", "veltrix:{default}:entries", "#incarnation", "another")
     report = examined(shell, "--mirror", mirror_url(redis))
-    refused(report, "mirror", "agreement", "the mirror holds incarnation another")
+    refused(report, "mirror", "agreement", "at revision 1 of incarnation another, which is of another history")
     redis.run("FLUSHALL")
     write(redis_url(redis, query="namespace=default"))
     refused(examined(shell, "--mirror", mirror_url(redis)), "mirror", "read", "is an authority, not a mirror")
@@ -562,6 +667,51 @@ def test_a_mirror_that_leaves_out_what_is_read(shell: Shell, put: Put, redis: Re
         assert "it leaves out tenants/" in report.text("mirror", "coverage")
         report = examined(shell, "--mirror", mirror_url(redis), "--lazy", "tenants/")
         assert report.warned == []
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "redis", "etcd"])
+def test_a_mirror_of_another_history_under_the_same_name(shell: Shell, redis: RedisServer, scheme: str) -> None:
+    with ExitStack() as stack:
+        if scheme == "redis":
+            shell.store = redis_url(stack.enter_context(redis_server()))
+        elif scheme == "etcd":
+            shell.store = etcd_url(stack.enter_context(etcd()))
+        else:
+            shell.store = f"sqlite:///{shell.folder}/c.db"
+        write(shell.store)
+        write(shell.store)
+        with fed(shell, mirror_url(redis)):
+            assert examined(shell, "--mirror", mirror_url(redis)).state("mirror", "agreement") == "ok"
+        (entries,) = (name for name in redis.run("KEYS", "*:entries"))
+        fingerprint, revision = redis.run("HMGET", entries, "#mark", "#revision")
+        for field, wrong in (("#mark", "another"), ("#revision", int(revision) + 1000)):
+            redis.run("HSET", entries, field, wrong)
+            report = examined(shell, "--mirror", mirror_url(redis))
+            refused(report, "mirror", "agreement", "which is of another history")
+            redis.run("HSET", entries, "#mark", fingerprint, "#revision", revision)
+        assert examined(shell, "--mirror", mirror_url(redis)).state("mirror", "agreement") == "ok"
+
+
+def test_a_mirror_that_stays_behind_is_a_warning(shell: Shell, put: Put, redis: RedisServer) -> None:
+    put("k", 1)
+    with fed(shell, mirror_url(redis)):
+        pass
+    put("k", 2)
+    report = examined(shell, "--mirror", mirror_url(redis))
+    assert ("mirror", "agreement") in report.warned
+    assert "1 behind the authority's 2, and does not catch up" in report.text("mirror", "agreement")
+
+
+def test_a_mirror_is_not_compared_with_an_authority_that_cannot_be_read(
+    shell: Shell, put: Put, redis: RedisServer, free_port: int
+) -> None:
+    put("k", 1)
+    with fed(shell, mirror_url(redis)):
+        pass
+    shell.store = f"etcd://127.0.0.1:{free_port}/default"
+    report = examined(shell, "--mirror", mirror_url(redis))
+    assert report.failed == [("authority", "connection")]
+    assert report.checks["mirror", "agreement"] == ("not made", "the authority cannot be read")
 
 
 def test_a_user_that_may_not_select(shell: Shell, redis: RedisServer) -> None:

@@ -22,8 +22,9 @@ from tests.support.redis_servers import redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, StoreError, StoreUnavailable
 from veltrix_mw.stores import dialing, etcd_stream
-from veltrix_mw.stores.etcd_gateway import FutureRevision, Gateway, Tls, WatchStream, _Here
+from veltrix_mw.stores.etcd_gateway import FutureRevision, Gateway, WatchStream, _Here
 from veltrix_mw.stores.etcd_messages import Operation, Range, Ranged, Transacted, Transaction, WatchCreate
+from veltrix_mw.stores.tls import Tls
 
 WITHIN_S = 10.0
 

@@ -582,7 +582,7 @@ def test_tls_is_verified(certificates: Certificates, open_store: OpenStore) -> N
         for options, said in (
             ({"ca": str(other.ca)}, "is not signed by .*other.pem"),
             ({}, "is not signed by the system's authorities"),
-            ({"ca": str(certificates.folder / "none.pem")}, "cannot be used .*none.pem"),
+            ({"ca": str(certificates.folder / "none.pem")}, "none.pem cannot be used"),
         ):
             with pytest.raises(StoreError, match=said):
                 open_store(server, tls=True, **options).list(timeout_s=WITHIN_S)

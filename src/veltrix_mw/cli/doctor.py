@@ -5,7 +5,6 @@ Owns how findings are drawn, and the exit code; what is looked at is the library
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -13,7 +12,7 @@ from typing import Final
 import click
 
 from veltrix_mw.cli import json_text, output
-from veltrix_mw.cli.session import Session, lazy_option, on_store
+from veltrix_mw.cli.session import Session, lazy_option, on_store, quieten_log
 from veltrix_mw.diagnosis import Finding, State, diagnose
 
 __all__ = ["doctor"]
@@ -44,8 +43,7 @@ def doctor(session: Session, folder: Path | None) -> None:
     A line for each check: ok, warn, fail, or not made, because of one before it that failed. Exit code 0 without a
     failure, warnings or not; 1 with one; 2 for wrong options.
     """
-    # Without a handler, logging would write warnings to stderr in its own words, beside ours.
-    logging.getLogger("veltrix_mw").addHandler(logging.NullHandler())
+    quieten_log()
     findings = []
     for finding in _found(session, folder):
         findings.append(finding)

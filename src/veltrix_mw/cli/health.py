@@ -19,6 +19,7 @@ from veltrix_mw import ConfigClient, NeverWritten, Snapshot, StoreError, TierSta
 from veltrix_mw.cli import json_text, output
 from veltrix_mw.cli.failure import exit_code, tell
 from veltrix_mw.cli.session import Session, listed, on_store
+from veltrix_mw.words import ago, counted
 
 __all__ = ["STALE_AFTER_S", "status"]
 
@@ -134,7 +135,7 @@ def _judged(state: Any, snapshot: Snapshot | None, took_s: float) -> _Mirror:
     if not position.incarnation:
         kind, why = "empty", "it holds nothing; a relay fills it"
     elif state.age_s > STALE_AFTER_S:
-        kind, why = "stale", f"its relay last asked the authority {_ago(state.age_s)}"
+        kind, why = "stale", f"its relay last asked the authority {ago(state.age_s)}"
     elif snapshot is not None and not same:
         kind, why = "behind", "it holds another incarnation than the authority"
     elif lag:
@@ -248,10 +249,10 @@ def _held(answer: dict[str, Any]) -> dict[str, str]:
 def _mirrored(mirror: dict[str, Any], answer: dict[str, Any]) -> dict[str, str]:
     told = {"mirror": mirror["state"]}
     if mirror["answered_in_s"] is not None and mirror["state"] != "empty":
-        lag = "" if mirror["lag"] is None else f", {_count(mirror['lag'], 'revision')} behind"
+        lag = "" if mirror["lag"] is None else f", {counted(mirror['lag'], 'revision')} behind"
         age_s = math.inf if mirror["age_s"] is None else mirror["age_s"]
         told["mirrored"] = f"revision {mirror['revision']}{lag}"
-        told["proved"] = f"{_ago(age_s)}: then the relay found nothing newer at the authority"
+        told["proved"] = f"{ago(age_s)}: then the relay found nothing newer at the authority"
         if mirror["lazy"]:
             told["left out"] = ", ".join(mirror["lazy"])
     else:
@@ -259,11 +260,3 @@ def _mirrored(mirror: dict[str, Any], answer: dict[str, Any]) -> dict[str, str]:
     holder = answer["relay"]
     told["relay"] = f"none, because {answer['relay_missing']}" if holder is None else json_text.plain(holder)
     return told
-
-
-def _ago(age_s: float) -> str:
-    return "never" if math.isinf(age_s) else f"{age_s:.1f} s ago"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -19,7 +19,7 @@ import click
 from veltrix_mw import ConfigClient, SettingsError, Snapshot, VeltrixError
 from veltrix_mw.cli.failure import NoSuchRevision
 
-__all__ = ["Session", "answers", "lazy_option", "on_store", "recorded", "revision_option"]
+__all__ = ["Session", "answers", "lazy_option", "on_store", "quieten_log", "recorded", "revision_option"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,7 @@ class Session:
             raise SettingsError(
                 "a memory:// store lives in one process; name one that is shared, as sqlite:///config.db"
             )
-        # Without a handler, logging would write warnings to stderr in its own words, beside ours.
-        logging.getLogger("veltrix_mw").addHandler(logging.NullHandler())
+        quieten_log()
         client = ConfigClient(
             self.url,
             mirror=self.mirror if mirrored else "",
@@ -67,6 +66,11 @@ class Session:
             yield client
         finally:
             client.close()
+
+
+def quieten_log() -> None:
+    """Give the library's log a handler: without one, logging would write warnings to stderr in its own words."""
+    logging.getLogger("veltrix_mw").addHandler(logging.NullHandler())
 
 
 def listed(client: ConfigClient, revision: int | None = None) -> Snapshot:

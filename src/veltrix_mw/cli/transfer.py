@@ -19,6 +19,7 @@ from veltrix_mw.cli import json_text, output
 from veltrix_mw.cli.difference import Difference, differences
 from veltrix_mw.cli.prefix import Prefix, prefix_argument
 from veltrix_mw.cli.session import Session, listed, on_store, recorded, revision_option
+from veltrix_mw.words import counted
 
 __all__ = ["export", "import_"]
 
@@ -47,7 +48,7 @@ def export(session: Session, prefix: Prefix, revision: int | None, path: Path | 
     if session.as_json:
         output.say_json({"file": str(path), "revision": snapshot.revision, "entries": len(keys)})
     else:
-        click.echo(f"wrote {_count(len(keys))} as of revision {snapshot.revision} to {path}", err=True)
+        click.echo(f"wrote {counted(len(keys), 'key')} as of revision {snapshot.revision} to {path}", err=True)
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -101,9 +102,9 @@ def import_(session: Session, file: Path, dry_run: bool, replace: bool, prefix: 
     elif dry_run:
         for one in changes:
             output.difference_line(one)
-        click.echo(f"{_count(len(changes))} would change; nothing was written", err=True)
+        click.echo(f"{counted(len(changes), 'key')} would change; nothing was written", err=True)
     else:
-        click.echo(f"{_count(len(changes))} changed", err=True)
+        click.echo(f"{counted(len(changes), 'key')} changed", err=True)
         output.told_revision(written)
 
 
@@ -148,7 +149,3 @@ def _plan(
         at = unreadable.get(one.key) or (now.entry(one.key).mod_revision if one.key in now else 0)
         operations.append(Delete(one.key, at) if one.new is MISSING else Put(one.key, one.new, at))
     return changes, operations
-
-
-def _count(number: int) -> str:
-    return f"{number} key" if number == 1 else f"{number} keys"

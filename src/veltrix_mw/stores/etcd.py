@@ -30,8 +30,9 @@ from veltrix_mw.protocols import (
     Restored,
     StoreInfo,
 )
+from veltrix_mw.settings import shown
 from veltrix_mw.stores.conditions import check
-from veltrix_mw.stores.etcd_gateway import CompactedAt, FutureRevision, Gateway, Tls, WatchStream
+from veltrix_mw.stores.etcd_gateway import CompactedAt, FutureRevision, Gateway, WatchStream
 from veltrix_mw.stores.etcd_messages import (
     Answer,
     Compare,
@@ -48,6 +49,7 @@ from veltrix_mw.stores.etcd_messages import (
 from veltrix_mw.stores.etcd_space import Change, Space, agrees, foreign_mark, is_derived
 from veltrix_mw.stores.etcd_watch import CHANGE, ENTRIES, LABEL, EtcdWatch, Opened
 from veltrix_mw.stores.etcd_witness import Witness
+from veltrix_mw.stores.tls import Tls
 from veltrix_mw.values import MAX_VALUE_BYTES, MISSING, Missing
 
 __all__ = ["EtcdStore", "Ignored"]
@@ -136,7 +138,7 @@ class EtcdStore:
             timeout_s=timeout_s,
             remedy=_remedy(self._space, namespace),
         )
-        where = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in hosts)
+        where = ",".join(map(shown, hosts))
         limits = Limits(MAX_VALUE_BYTES, _MAX_OPERATIONS, _MAX_TRANSACTION_BYTES)
         url = f"etcd{'s' if tls else ''}://{where}/{namespace}"
         self._info = StoreInfo("etcd", url, namespace, limits, self._space.lazy)

@@ -18,14 +18,15 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from random import SystemRandom
 from typing import Final, TypeVar
 
 from urllib3.util import ssl_wrap_socket
 
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, StoreError, StoreUnavailable
-from veltrix_mw.protocols import NotPermitted
+from veltrix_mw.protocols import Leaderless, NotLetIn, NotPermitted, Silent
+from veltrix_mw.settings import Host
+from veltrix_mw.settings import shown as _told
 from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.etcd_messages import (
     Answer,
@@ -47,8 +48,9 @@ from veltrix_mw.stores.etcd_stream import (
     Unanswered,
     outside_forks,
 )
+from veltrix_mw.stores.tls import Tls, Verdict, reason_of, verdict_of
 
-__all__ = ["CompactedAt", "FutureRevision", "Gateway", "Tls", "WatchStream"]
+__all__ = ["CompactedAt", "FutureRevision", "Gateway", "WatchStream"]
 
 _ATTEMPT_S: Final = 1.0  # a member that takes longer to begin an answer is left; each round gives it twice the time
 _PREFERRED_AFTER_S: Final = 60.0  # how long after a failover the member of first choice is tried again, at least
@@ -62,7 +64,6 @@ _log = logging.getLogger("veltrix_mw")
 
 _random: Final = SystemRandom()  # not the module's generator, which an application may have seeded for itself
 
-Host = tuple[str, int]
 T = TypeVar("T")
 A = TypeVar("A", bound=Answer)
 
@@ -71,17 +72,10 @@ class FutureRevision(ValueError):
     """The revision asked for does not exist yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Files in PEM: whom to trust (None: whom the system trusts), and who we are."""
-
-    ca: str | None = None
-    cert: str | None = None
-    key: str | None = None
-
-
 class _Failed(Exception):
     """One member did not serve; another may. `may_have_run`: the request could have been carried out all the same."""
+
+    kind: type[StoreError] = StoreUnavailable  # what it is where all members fail so
 
     def __init__(self, why: str, *, may_have_run: bool = True, in_vain: bool = False, is_late: bool = False) -> None:
         super().__init__(why)
@@ -348,8 +342,8 @@ class Gateway:
     def _unavailable(self, failures: dict[Host, _Failed]) -> StoreError:
         reasons = list(dict.fromkeys(failed.why for failed in failures.values()))
         text = reasons[0] if len(reasons) == 1 else f"no member of etcd served: {'; '.join(reasons)}"
-        kind = AuthFailed if all(isinstance(failed, _CertificateRefused) for failed in failures.values()) else None
-        return (kind or StoreUnavailable)(text)
+        kinds = {failed.kind for failed in failures.values()}
+        return (kinds.pop() if len(kinds) == 1 else StoreUnavailable)(text)
 
     # --- users
 
@@ -362,7 +356,7 @@ class Gateway:
             return attempt(here, host, begun_by_s)
         except _TokenRefused:
             if not self._user:
-                raise AuthFailed(
+                raise NotLetIn(
                     f"etcd at {_told(host)} asks for a user; give user and password: etcd://USER:PASSWORD@..."
                 ) from None
         with here.lock:
@@ -484,7 +478,9 @@ class Gateway:
 
     def _connected(self, host: Host, by_s: float) -> Connection:
         name, port = host
-        context = self._context(self._tls) if self._tls else None
+        context = self._tls.context() if self._tls else None
+        if context:
+            context.set_alpn_protocols(["http/1.1"])
 
         def secured(raw: socket.socket) -> socket.socket:
             return ssl_wrap_socket(raw, ssl_context=context, server_hostname=name)
@@ -496,35 +492,16 @@ class Gateway:
             failed.may_have_run = False
             raise failed from exc
 
-    @staticmethod
-    def _context(tls: Tls) -> ssl.SSLContext:
-        # Anew for each connection, of which there are few: files that were replaced are taken.
-        try:
-            context = ssl.create_default_context(cafile=tls.ca)
-        except (OSError, ssl.SSLError) as exc:
-            raise AuthFailed(f"the CA file {tls.ca} cannot be used ({_reason(exc)}); name a readable PEM file") from exc
-        context.set_alpn_protocols(["http/1.1"])
-        if tls.cert:
-            try:
-                context.load_cert_chain(tls.cert, tls.key)
-            except (OSError, ssl.SSLError) as exc:
-                raise AuthFailed(
-                    f"the client certificate {tls.cert} with the key {tls.key or tls.cert} cannot be used "
-                    f"({_reason(exc)}); name readable PEM files that belong together"
-                ) from exc
-        return context
-
     # --- what went wrong
 
     @staticmethod
     def _speaks_tls(host: Host, by_s: float) -> bool:
         """Whether TLS is what a server wants that ends plain connections without a word, as etcd does."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said, nothing believed
+        finish = Tls().blind_context().wrap_socket
         try:
-            dial(*host, min(by_s, time.monotonic() + _ATTEMPT_S / 2), finish=context.wrap_socket).close()
+            dial(*host, min(by_s, time.monotonic() + _ATTEMPT_S / 2), finish=finish).close()
         except ssl.SSLError as exc:
-            return "ALERT" in (exc.reason or "")  # it minds who we are, in TLS
+            return "ALERT" in reason_of(exc)  # it minds who we are, in TLS
         except OSError:
             return False
         return True
@@ -546,16 +523,18 @@ class Gateway:
         match cause:
             case ssl.SSLCertVerificationError():
                 return _Failed(_about_certificate(cause, where, self._tls), may_have_run=False, in_vain=True)
-            case ssl.SSLError() if "ALERT" in (cause.reason or "") or "certificate required" in str(cause):
+            case ssl.SSLError() if verdict_of(cause) in {Verdict.CERTIFICATE_WANTED, Verdict.CERTIFICATE_REFUSED}:
                 return _CertificateRefused(
-                    f"etcd at {where} refused this client's certificate ({_reason(cause)}); give one that its CA "
+                    f"etcd at {where} refused this client's certificate ({reason_of(cause)}); give one that its CA "
                     "signed: cert= and key=",
                     may_have_run=False,
                     in_vain=True,
                 )
+            case ssl.SSLError() if "ALERT" in reason_of(cause):
+                return _Failed(f"etcd at {where} ended the TLS handshake ({reason_of(cause)}); its log says why")
             case ssl.SSLError():
                 return _Failed(
-                    f"etcd at {where} does not speak TLS ({_reason(cause)}); write etcd:// instead of etcds://, or "
+                    f"etcd at {where} does not speak TLS ({reason_of(cause)}); write etcd:// instead of etcds://, or "
                     "start it with --cert-file and --key-file",
                     may_have_run=False,
                     in_vain=True,
@@ -592,7 +571,7 @@ class Gateway:
                     in_vain=True,
                 )
             case TimeoutError():
-                return _Failed(f"etcd at {where} did not answer in time", is_late=True)
+                return _Late(f"etcd at {where} did not answer in time", is_late=True)
             case OSError() if cause.strerror:
                 return _Failed(f"etcd at {where} cannot be reached ({cause.strerror}); check address and network")
             case _:
@@ -636,19 +615,25 @@ class Gateway:
 
     def _page(self, host: Host, path: str, by_s: float) -> bytes | None:
         """What a GET is answered with, empty where there is no such page; None where no answer came."""
-        by_s = min(by_s, time.monotonic() + _ATTEMPT_S)
+        answered = self.page(host, path, deadline_s=min(by_s, time.monotonic() + _ATTEMPT_S))
+        if answered is None:
+            return None
+        response, body = answered
+        return body if response.status == 200 else b""
+
+    def page(self, host: Host, path: str, *, deadline_s: float) -> tuple[Response, bytes] | None:
+        """What that member answers a GET with, whatever the status; None where no answer came."""
         request = f"GET {path} HTTP/1.1\r\nHost: {_told(host)}\r\nConnection: close\r\n\r\n"
         try:
-            connection = self._connected(host, by_s)
+            connection = self._connected(host, deadline_s)
         except _Failed:
             return None
         try:
-            response, body = connection.exchange(request.encode("latin-1"), begun_by_s=by_s, by_s=by_s)
+            return connection.exchange(request.encode("latin-1"), begun_by_s=deadline_s, by_s=deadline_s)
         except (OSError, Unanswered):
             return None
         finally:
             connection.close()
-        return body if response.status == 200 else b""
 
     def _said(self, message: str, where: str) -> Exception:
         """What an error of etcd's own means, by its text: the gateway's codes are too few."""
@@ -660,7 +645,7 @@ class Gateway:
         if "authentication is not enabled" in message:
             return _AuthOff(short)
         if "authentication failed" in message:
-            return AuthFailed(f"etcd at {where} refused user {self._user!r} with this password; check both")
+            return NotLetIn(f"etcd at {where} refused user {self._user!r} with this password; check both")
         if "permission denied" in message:
             who = f"user {self._user!r}" if self._user else "this client"
             return NotPermitted(f"etcd at {where} does not permit this to {who}; {self._remedy}")
@@ -682,7 +667,9 @@ class Gateway:
             )
         if "too many requests" in message:
             return Overloaded(f"etcd at {where} has too many requests waiting; try again later")
-        return _Failed(f"etcd at {where} said: {short}", may_have_run="no leader" not in message)
+        if "no leader" in message:
+            return _WithoutLeader(f"etcd at {where} said: {short}", may_have_run=False)
+        return _Failed(f"etcd at {where} said: {short}")
 
     def _message(self, line: bytes, host: Host) -> Watched:
         """The message of a watch in a line of its stream; raises what it says went wrong."""
@@ -712,7 +699,15 @@ class CompactedAt(Compacted):
 
 
 class _CertificateRefused(_Failed):
-    pass
+    kind = AuthFailed
+
+
+class _WithoutLeader(_Failed):
+    kind = Leaderless
+
+
+class _Late(_Failed):
+    kind = Silent
 
 
 class _AuthOff(Exception):
@@ -744,10 +739,6 @@ def _decoded(raw: bytes, kind: type[A], host: Host) -> A:
         raise _Failed(f"what answers at {_told(host)} is no etcd; name its client port (2379 by default)") from exc
 
 
-def _told(host: Host) -> str:
-    return f"[{host[0]}]:{host[1]}" if ":" in host[0] else f"{host[0]}:{host[1]}"
-
-
 def _wants_tls(where: str) -> str:
     return f"etcd at {where} speaks TLS only; write etcds:// instead of etcd://"
 
@@ -764,7 +755,3 @@ def _about_certificate(exc: ssl.SSLCertVerificationError, where: str, tls: Tls |
         f"the certificate of etcd at {where} is not signed {trusted} ({exc.verify_message}); give the file of the "
         "right one: ca="
     )
-
-
-def _reason(exc: BaseException) -> str:
-    return getattr(exc, "reason", None) or getattr(exc, "strerror", None) or type(exc).__name__

@@ -6,21 +6,18 @@ condition cannot hold, so etcd looks at the permissions, and changes neither a k
 
 from __future__ import annotations
 
-import http.client
-import json
 import re
-import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.findings import Said, Step, fail, not_made, ok, warn
-from veltrix_mw.protocols import NotPermitted, Position
-from veltrix_mw.settings import StoreUrl
-from veltrix_mw.stores.etcd_gateway import Gateway, Tls
+from veltrix_mw.protocols import Leaderless, NotLetIn, NotPermitted, Silent
+from veltrix_mw.settings import Host, StoreUrl, shown
+from veltrix_mw.stores.etcd_gateway import Gateway
 from veltrix_mw.stores.etcd_messages import (
     Answer,
     Compare,
@@ -32,8 +29,10 @@ from veltrix_mw.stores.etcd_messages import (
     Transaction,
 )
 from veltrix_mw.stores.etcd_space import Space
-from veltrix_mw.stores.network_probe import Fault, Host, NetworkProbe, TlsFiles, ask_each, judged, shown, tls_context
-from veltrix_mw.stores.pace import clock_said, pace_said
+from veltrix_mw.stores.network_probe import Fault, NetworkProbe, ask_each, judged
+from veltrix_mw.stores.pace import clock_said, paced
+from veltrix_mw.stores.tls import Tls
+from veltrix_mw.words import counted
 
 __all__ = ["EtcdProbe", "known_faults"]
 
@@ -46,7 +45,6 @@ _MENDED: Final[tuple[tuple[tuple[int, int, int], str], ...]] = (
 )
 _OLDEST: Final = (3, 4, 0)  # whose gateway answers at /v3
 _NEWEST_KEYS: Final = 20  # looked through for one that is an entry
-_CALLS: Final = 5  # for the round trip: the median of few is not the first one's connection
 
 
 class _StatusAsked(Message, frozen=True):
@@ -62,7 +60,7 @@ class _Status(Answer, frozen=True):
 
 
 class EtcdProbe:
-    """Looks at a namespace in etcd. `position` is where it stands, once it was read."""
+    """Looks at a namespace in etcd."""
 
     def __init__(self, url: StoreUrl, *, timeout_s: float) -> None:
         options: dict[str, Any] = dict(url.options)
@@ -72,16 +70,13 @@ class EtcdProbe:
         )
         self._user = url.user
         self._password = url.password
-        self._files = TlsFiles(options.get("ca"), options.get("cert"), options.get("key")) if url.tls else None
+        self._tls = Tls(options.get("ca"), options.get("cert"), options.get("key")) if url.tls else None
         self._timeout_s = timeout_s
-        self._network = NetworkProbe(url.hosts, tls=self._files, plain="etcd", secure="etcds", timeout_s=timeout_s)
+        self._network = NetworkProbe(url.hosts, tls=self._tls, plain="etcd")
         self._named = len(url.hosts)
         self._statuses: dict[Host, _Status] = {}
-        self._leaderless: list[Host] = []
         self._gateways: list[Gateway] = []
         self._as_user: Gateway | None = None
-        self._newest = 0
-        self.position: Position | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -104,8 +99,8 @@ class EtcdProbe:
 
     # --- who answers
 
-    def _service(self) -> Said:
-        results = ask_each(self._network.reached, self._status, self._timeout_s + 1)
+    def _service(self, by_s: float) -> Said:
+        results = ask_each(self._network.reached, lambda host: self._status(host, by_s), by_s)
         for host, result in results.items():
             if isinstance(result, _Status):
                 self._statuses[host] = result
@@ -116,38 +111,33 @@ class EtcdProbe:
         self._network.reached, said = judged(told, join=", ")
         return said
 
-    def _status(self, host: Host) -> _Status:
+    def _status(self, host: Host, by_s: float) -> _Status:
         gateway = self._gateway([host], as_user=False)
-        deadline_s = time.monotonic() + self._timeout_s
         try:
-            return gateway.call("/v3/maintenance/status", _StatusAsked(), _Status, deadline_s=deadline_s)
-        except AuthFailed as exc:
-            if self._files is not None and "certificate" in str(exc):
-                raise Fault(str(exc)) from exc
+            return gateway.call("/v3/maintenance/status", _StatusAsked(), _Status, deadline_s=by_s)
+        except (NotLetIn, NotPermitted):
             return _Status(leader="?")  # it answers, and has users: what it says of itself is not for everybody
+        except Leaderless:
+            return _Status()
+        except Silent as exc:
+            raise Fault(f"{exc}; it takes connections: is the process stopped, or its machine overloaded?") from exc
         except StoreError as exc:
-            text = str(exc)
-            if "no leader" in text:
-                self._leaderless.append(host)
-                return _Status()
-            if "did not answer in time" in text:
-                text += "; it takes connections: is the process stopped, or its machine overloaded?"
-            raise Fault(text) from exc
+            raise Fault(str(exc)) from exc
 
-    def _quorum(self) -> Said:
+    def _quorum(self, by_s: float) -> Said:
         answering = len(self._statuses)
-        leaderless = [*self._leaderless, *(host for host, each in self._statuses.items() if each.leader in {"", "0"})]
-        without = ", ".join(dict.fromkeys(map(shown, leaderless)))
+        leaderless = [host for host, each in self._statuses.items() if each.leader in {"", "0"}]
+        without = ", ".join(map(shown, leaderless))
         remedy = (
             f"{answering} of the {self._named} members named in the URL answer, and more than half of the cluster's "
             "must be up and see each other: start the others, and look at their network"
         )
-        if len(set(leaderless)) == answering:
+        if len(leaderless) == answering:
             return fail(f"no member has a leader, so nothing is read or written: {remedy}")
         self._network.reached = [host for host in self._network.reached if host not in leaderless]
         try:
-            with self._calling(as_user=False) as gateway:
-                self._range(gateway, Range(self._space.label, count_only=True))
+            gateway = self._gateway(self._network.reached, as_user=False)
+            self._range(gateway, Range(self._space.label, count_only=True), by_s)
         except AuthFailed:
             pass  # whom it serves is the next question: this one was answered by a majority
         except StoreUnavailable as exc:
@@ -156,62 +146,52 @@ class EtcdProbe:
             return warn(f"a majority answers, but {without} has no leader: look at its network to the others")
         return ok("a majority of the members answers")
 
-    def _authentication(self) -> Said:
-        try:
-            with self._calling() as gateway:
-                self._range(gateway, Range(self._space.label, count_only=True))
-        except NotPermitted:
-            pass  # a matter of permissions: it was let in
+    def _authentication(self, by_s: float) -> Said:
+        with suppress(NotPermitted):  # a matter of permissions: it was let in
+            self._range(self._as_given(), Range(self._space.label, count_only=True), by_s)
         if self._user is None:
             return ok("no user is given, and none is asked for")
-        with self._calling() as gateway:
-            if gateway.is_open:
-                return warn(
-                    f"user {self._user!r} was not checked, as etcd's authentication is off: turn it on (etcdctl auth "
-                    "enable), or leave user and password out"
-                )
+        if self._as_given().is_open:
+            return warn(
+                f"user {self._user!r} was not checked, as etcd's authentication is off: turn it on (etcdctl auth "
+                "enable), or leave user and password out"
+            )
         return ok(f"as user {self._user!r}")
 
     # --- what it may do
 
-    def _read(self) -> Said:
+    def _read(self, by_s: float) -> Said:
         space = self._space
         prefix = space.prefix.decode("utf-8", "backslashreplace")
         newest = Range(
             space.prefix, space.end, limit=_NEWEST_KEYS, sort_order="DESCEND", sort_target="MOD", keys_only=True
         )
         try:
-            with self._calling() as gateway:
-                found = self._range(gateway, newest)
+            found = self._range(self._as_given(), newest, by_s)
         except NotPermitted:
             return fail(f"{self._who} may not read {prefix!r}: {self._grant('read', prefix)}")
-        # Keys of another shape are not followed, so they are nothing that a mirror could be behind.
-        self._newest = next((each.mod_revision for each in found.kvs if space.key(each.key) is not None), 0)
         if not found.count:
             return warn(f"nothing lies below {prefix!r}: nothing was written yet, or the URL names another namespace")
-        return ok(f"{_count(found.count, 'key')} below {prefix!r}, the newest of revision {self._newest}")
+        # Keys of another shape are not followed.
+        newest_at = next((each.mod_revision for each in found.kvs if space.key(each.key) is not None), 0)
+        return ok(f"{counted(found.count, 'key')} below {prefix!r}, the newest of revision {newest_at}")
 
-    def _bookkeeping(self) -> Said:
+    def _bookkeeping(self, by_s: float) -> Said:
         space = self._space
         asked = Transaction([Operation.range(Range(space.label)), Operation.range(Range(space.change))])
         try:
-            with self._calling() as gateway:
-                answer = gateway.call("/v3/kv/txn", asked, Transacted, deadline_s=time.monotonic() + self._timeout_s)
+            answer = self._as_given().call("/v3/kv/txn", asked, Transacted, deadline_s=by_s)
         except NotPermitted:
             return fail(
                 f"{self._who} may not read {self._bookkept!r}, where a follower finds incarnation and record: "
                 f"{self._grant('read', self._bookkept)}"
             )
-        label, change = answer.ranges
-        revision = max(self._newest, change.kvs[0].mod_revision if change.kvs else 0)
-        incarnation = label.kvs[0].value.decode("utf-8", "replace") if label.kvs else ""
-        # As a follower goes by: without a label, by one of its own.
-        self.position = Position(incarnation or (f"{answer.header.cluster_id}?" if revision else ""), revision)
+        label, _ = answer.ranges
         if not label.kvs:
             return ok(f"{self._bookkept!r} can be read; it has no incarnation yet, the first write makes it")
-        return ok(f"incarnation {incarnation}")
+        return ok(f"incarnation {label.kvs[0].value.decode('utf-8', 'replace')}")
 
-    def _write(self) -> Said:
+    def _write(self, by_s: float) -> Said:
         space = self._space
         prefix = space.prefix.decode("utf-8", "backslashreplace")
         barred = []
@@ -222,8 +202,7 @@ class EtcdProbe:
         ):
             never = Transaction([Operation.put(name, b"0")], [Compare.at(name, -1)])
             try:
-                with self._calling() as gateway:
-                    gateway.call("/v3/kv/txn", never, Transacted, deadline_s=time.monotonic() + self._timeout_s)
+                self._as_given().call("/v3/kv/txn", never, Transacted, deadline_s=by_s)
             except NotPermitted:
                 barred.append(told)
         if not barred:
@@ -235,7 +214,7 @@ class EtcdProbe:
 
     # --- how it is
 
-    def _version(self) -> Said:
+    def _version(self, _by_s: float) -> Said:
         versions = {host: each.version for host, each in self._statuses.items() if each.version}
         alarms = sorted(
             {error for each in self._statuses.values() for error in each.errors if "alarm" in error.lower()}
@@ -256,46 +235,36 @@ class EtcdProbe:
             )
         return warn(f"etcd {told}: {'; '.join(remedies)}") if remedies else ok(f"etcd {told}")
 
-    def _clock(self) -> Said:
+    def _clock(self, by_s: float) -> Said:
         """By the Date of an answer, which has whole seconds."""
-        results = ask_each(self._network.reached or list(self._statuses), self._ahead_s, self._timeout_s)
+        results = ask_each(self._network.reached, lambda host: self._ahead_s(host, by_s), by_s)
         ahead = {host: result for host, result in results.items() if not isinstance(result, Fault)}
         if not ahead:
             return not_made("; ".join(dict.fromkeys(str(result) for result in results.values())))
         host, worst_s = max(ahead.items(), key=lambda item: abs(item[1]))
         return clock_said(shown(host), worst_s, exact_to_s=1.0)
 
-    def _ahead_s(self, host: Host) -> float:
-        if self._files is None:
-            connection = http.client.HTTPConnection(*host, timeout=self._timeout_s)
-        else:
-            connection = http.client.HTTPSConnection(*host, timeout=self._timeout_s, context=tls_context(self._files))
+    def _ahead_s(self, host: Host, by_s: float) -> float:
+        gateway = self._gateway([host], as_user=False)
+        sent_s = time.time()
+        answered = gateway.page(host, "/version", deadline_s=by_s)
+        received_s = time.time()
         try:
-            connection.connect()
-            sent_s = time.time()
-            connection.request("GET", "/version")
-            answer = connection.getresponse()
-            received_s = time.time()
-            json.loads(answer.read(65536))
-            dated_s = parsedate_to_datetime(answer.headers["Date"]).timestamp()
-        except (OSError, http.client.HTTPException, ValueError, TypeError) as exc:
+            dated = "" if answered is None else answered[0].headers.get("date", "")
+            dated_s = parsedate_to_datetime(dated).timestamp()
+        except ValueError as exc:
             raise Fault(f"{shown(host)} did not tell its time") from exc
-        finally:
-            connection.close()
         # The date was cut to whole seconds: it was at some moment of that second.
         if dated_s > received_s:
             return dated_s - received_s
         return min(0.0, dated_s + 1 - sent_s)
 
-    def _round_trip(self) -> Said:
-        took_s = []
-        for _ in range(_CALLS):
-            with self._calling() as gateway:
-                begun_s = time.monotonic()
-                with suppress(NotPermitted):  # that takes its time too
-                    self._range(gateway, Range(self._space.label, count_only=True))
-                took_s.append(time.monotonic() - begun_s)
-        return pace_said(statistics.median(took_s), "a read that a majority confirms")
+    def _round_trip(self, by_s: float) -> Said:
+        def ask() -> None:
+            with suppress(NotPermitted):  # that takes its time too
+                self._range(self._as_given(), Range(self._space.label, count_only=True), by_s)
+
+        return paced(ask, "a read that a majority confirms")
 
     # ---
 
@@ -312,10 +281,9 @@ class EtcdProbe:
         return f"etcdctl role grant-permission ROLE --prefix=true {access} '{prefix}'"
 
     def _gateway(self, hosts: Sequence[Host], *, as_user: bool) -> Gateway:
-        files = self._files
         gateway = Gateway(
             hosts,
-            tls=None if files is None else Tls(files.ca, files.cert, files.key),
+            tls=self._tls,
             user=self._user if as_user else None,
             password=self._password if as_user else None,
             timeout_s=self._timeout_s,
@@ -323,18 +291,15 @@ class EtcdProbe:
         self._gateways.append(gateway)
         return gateway
 
-    @contextmanager
-    def _calling(self, *, as_user: bool = True) -> Iterator[Gateway]:
+    def _as_given(self) -> Gateway:
         """The members that answer, as the user: with one token for all checks."""
-        if not as_user:
-            yield self._gateway(self._network.reached, as_user=False)
-            return
         if self._as_user is None:
             self._as_user = self._gateway(self._network.reached, as_user=True)
-        yield self._as_user
+        return self._as_user
 
-    def _range(self, gateway: Gateway, asked: Range) -> Ranged:
-        return gateway.call("/v3/kv/range", asked, Ranged, deadline_s=time.monotonic() + self._timeout_s)
+    @staticmethod
+    def _range(gateway: Gateway, asked: Range, by_s: float) -> Ranged:
+        return gateway.call("/v3/kv/range", asked, Ranged, deadline_s=by_s)
 
 
 def known_faults(version: str) -> tuple[str, ...]:
@@ -346,7 +311,3 @@ def known_faults(version: str) -> tuple[str, ...]:
 def _parsed(version: str) -> tuple[int, int, int]:
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2]), int(found[3])) if found else (0, 0, 0)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -5,21 +5,22 @@ Owns names, connections and certificates; knows no store. Sends nothing but a TL
 
 from __future__ import annotations
 
-import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 from veltrix_mw.findings import Said, Step, fail, ok, warn
+from veltrix_mw.settings import Host, shown
+from veltrix_mw.stores.dialing import NameTimeout, addresses_of, dial
+from veltrix_mw.stores.tls import Tls, UnusableFile, Verdict, reason_of, verdict_of
 
-__all__ = ["Fault", "Host", "NetworkProbe", "TlsFiles", "ask_each", "judged", "shown", "tls_context"]
+__all__ = ["Fault", "NetworkProbe", "ask_each", "judged"]
 
-Host = tuple[str, int]
 T = TypeVar("T")
 
 RENEW_WITHIN_DAYS: Final = 14
@@ -33,29 +34,16 @@ class Fault(Exception):
     """What is wrong with one server, and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """Files in PEM: whom to trust (None: whom the system trusts), and who we are."""
-
-    ca: str | None = None
-    cert: str | None = None
-    key: str | None = None
-
-
 class NetworkProbe:
     """Looks at each of `hosts`; `reached` are those that passed every check so far.
 
-    `plain` and `secure` are the URL's scheme without and with TLS.
+    `plain` is the URL's scheme without TLS.
     """
 
-    def __init__(
-        self, hosts: Sequence[Host], *, tls: TlsFiles | None, plain: str, secure: str, timeout_s: float
-    ) -> None:
+    def __init__(self, hosts: Sequence[Host], *, tls: Tls | None, plain: str) -> None:
         self.reached: list[Host] = list(hosts)
         self._tls = tls
         self._plain = plain
-        self._secure = secure
-        self._timeout_s = timeout_s
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -65,89 +53,90 @@ class NetworkProbe:
             Step("tls", self._certificates, needs=("connection",)),
         )
 
-    def _name(self) -> Said:
+    def _name(self, by_s: float) -> Said:
         def ask(host: Host) -> str:
+            name = host[0]
             try:
-                found = socket.getaddrinfo(*host, type=socket.SOCK_STREAM)
-            except (OSError, UnicodeError) as exc:
-                why = getattr(exc, "strerror", None) or type(exc).__name__
+                found = addresses_of(*host, by_s)
+            except NameTimeout as exc:
+                raise Fault(f"the name {name} was not resolved in time: look at this machine's DNS") from exc
+            except OSError as exc:
                 raise Fault(
-                    f"the name {host[0]} cannot be resolved ({why}): correct the host in the URL, or this machine's "
-                    "DNS or /etc/hosts"
+                    f"the name {name} cannot be resolved ({reason_of(exc)}): correct the host in the URL, or this "
+                    "machine's DNS or /etc/hosts"
                 ) from exc
             addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
-            return host[0] if addresses == [host[0]] else f"{host[0]} is {', '.join(addresses)}"
+            return name if addresses == [name] else f"{name} is {', '.join(addresses)}"
 
-        late = "the name {name} was not resolved in time: look at this machine's DNS"
-        return self._judged(ask_each(self.reached, ask, self._timeout_s, late=late), join=", ")
+        return self._judged(ask_each(self.reached, ask, by_s), join=", ")
 
-    def _connection(self) -> Said:
+    def _connection(self, by_s: float) -> Said:
         def ask(host: Host) -> str:
             begun_s = time.monotonic()
             try:
-                socket.create_connection(host, timeout=self._timeout_s).close()
+                dial(*host, by_s).close()
             except ConnectionRefusedError as exc:
                 raise Fault(
                     f"nothing listens at {shown(host)}: is the server running there, and is that its port?"
                 ) from exc
             except TimeoutError as exc:
                 raise Fault(
-                    f"{shown(host)} did not take a connection within {self._timeout_s:g} s: is that its address, and "
-                    "does a firewall let this machine through?"
+                    f"{shown(host)} did not take a connection in time: is that its address, and does a firewall let "
+                    "this machine through?"
                 ) from exc
             except OSError as exc:
-                raise Fault(
-                    f"{shown(host)} cannot be reached ({exc.strerror or type(exc).__name__}): check address and network"
-                ) from exc
+                raise Fault(f"{shown(host)} cannot be reached ({reason_of(exc)}): check address and network") from exc
             return f"{shown(host)} in {(time.monotonic() - begun_s) * 1000:.1f} ms"
 
-        return self._judged(ask_each(self.reached, ask, self._timeout_s), join=", ")
+        return self._judged(ask_each(self.reached, ask, by_s), join=", ")
 
-    def _certificates(self) -> Said:
+    def _certificates(self, by_s: float) -> Said:
         if self._tls is None:
             return ok(f"not used: {self._plain}:// speaks without")
         tls = self._tls
-        results = ask_each(self.reached, lambda host: self._certificate(host, tls), 3 * self._timeout_s)
+        results = ask_each(self.reached, lambda host: self._certificate(host, tls, by_s), by_s)
         said = self._judged({host: _text_of(result) for host, result in results.items()})
         ends = [result.ends_s for result in results.values() if isinstance(result, _Certificate)]
         if ends and min(ends) < time.time() + RENEW_WITHIN_DAYS * 86400:
             return warn(f"{said.text}; it ends soon: renew it now")
         return said
 
-    def _certificate(self, host: Host, tls: TlsFiles) -> _Certificate:
+    def _certificate(self, host: Host, tls: Tls, by_s: float) -> _Certificate:
         where = shown(host)
         try:
-            with (
-                socket.create_connection(host, timeout=self._timeout_s) as raw,
-                tls_context(tls).wrap_socket(raw, server_hostname=host[0]) as secured,
-            ):
-                return _Certificate.of(secured.getpeercert() or {})
+            with _secured(host, tls.context(), by_s) as connection:
+                return _Certificate.of(connection.getpeercert() or {})
+        except UnusableFile as exc:
+            raise Fault(str(exc)) from exc
         except ssl.SSLCertVerificationError as exc:
-            raise Fault(self._not_believed(exc, host, tls)) from exc
+            raise Fault(self._not_believed(exc, host, tls, by_s)) from exc
         except ssl.SSLError as exc:
-            reason = (exc.reason or "").upper()
-            if "ALERT" in reason:
-                raise Fault(
-                    f"{where} refused this client's certificate ({reason.lower()}): give one that its CA signed, "
-                    "cert=FILE and key=FILE"
-                ) from exc
-            raise Fault(
-                f"{where} does not speak TLS ({reason.lower() or 'closed'}): write {self._plain}://, or name its TLS "
-                "port"
-            ) from exc
+            reason = reason_of(exc).lower()
+            match verdict_of(exc):
+                case Verdict.CERTIFICATE_WANTED:
+                    text = f"{where} asks for a client certificate ({reason}): give cert=FILE and key=FILE"
+                case Verdict.CERTIFICATE_REFUSED:
+                    text = (
+                        f"{where} refused this client's certificate ({reason}): give one that its CA signed, cert=FILE "
+                        "and key=FILE"
+                    )
+                case _ if "alert" in reason:
+                    text = f"{where} ended the TLS handshake ({reason}): its log says why"
+                case _:
+                    text = f"{where} does not speak TLS ({reason}): write {self._plain}://, or name its TLS port"
+            raise Fault(text) from exc
         except TimeoutError as exc:
             raise Fault(
-                f"{where} took the connection and did not answer the TLS handshake within {self._timeout_s:g} s: is it "
-                f"stopped, or overloaded? If that port is one without TLS, write {self._plain}://"
+                f"{where} took the connection and did not answer the TLS handshake in time: is it stopped, or "
+                f"overloaded? If that port is one without TLS, write {self._plain}://"
             ) from exc
         except OSError as exc:
             raise Fault(
-                f"{where} ended the TLS handshake ({exc.strerror or type(exc).__name__}): is it a TLS port? If not, "
-                f"write {self._plain}://"
+                f"{where} ended the TLS handshake ({reason_of(exc)}): is it a TLS port? If not, write {self._plain}://"
             ) from exc
 
-    def _not_believed(self, exc: ssl.SSLCertVerificationError, host: Host, tls: TlsFiles) -> str:
-        presented = self._presented(host, tls)
+    def _not_believed(self, exc: ssl.SSLCertVerificationError, host: Host, tls: Tls, by_s: float) -> str:
+        presented = self._presented(host, tls, by_s)
         what = f"the certificate of {shown(host)} ({presented})" if presented else f"the certificate of {shown(host)}"
         match exc.verify_code:
             case 10:  # X509_V_ERR_CERT_HAS_EXPIRED
@@ -159,25 +148,19 @@ class NetworkProbe:
         trusted = f"by the CA in {tls.ca}" if tls.ca else "by a CA that this system trusts"
         return f"{what} is not signed {trusted} ({exc.verify_message}): name the file of its CA, ca=FILE"
 
-    def _presented(self, host: Host, tls: TlsFiles) -> str:
+    @staticmethod
+    def _presented(host: Host, tls: Tls, by_s: float) -> str:
         """The certificate that a server shows, whatever is wrong with it; empty where it cannot be had."""
         # Only what the module ssl verified is taken apart by it: so the certificate is had, then trusted.
-        blind = tls_context(tls, verified=False)
-        with suppress(OSError, ValueError, Fault):
-            with (
-                socket.create_connection(host, timeout=self._timeout_s) as raw,
-                blind.wrap_socket(raw, server_hostname=host[0]) as secured,
-            ):
-                seen = ssl.DER_cert_to_PEM_cert(secured.getpeercert(binary_form=True) or b"")
-            trusting = tls_context(tls, verified=False)
+        with suppress(OSError, ValueError, UnusableFile):
+            with _secured(host, tls.blind_context(), by_s) as connection:
+                seen = ssl.DER_cert_to_PEM_cert(connection.getpeercert(binary_form=True) or b"")
+            trusting = tls.blind_context()
             trusting.verify_mode = ssl.CERT_REQUIRED
             trusting.verify_flags = ssl.VerifyFlags(ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME)
             trusting.load_verify_locations(cadata=seen)
-            with (
-                socket.create_connection(host, timeout=self._timeout_s) as raw,
-                trusting.wrap_socket(raw, server_hostname=host[0]) as secured,
-            ):
-                return _Certificate.of(secured.getpeercert() or {}).text
+            with _secured(host, trusting, by_s) as connection:
+                return _Certificate.of(connection.getpeercert() or {}).text
         return ""
 
     def _judged(self, results: Mapping[Host, str | Fault], *, join: str = "; ") -> Said:
@@ -212,43 +195,18 @@ def _text_of(result: _Certificate | Fault) -> str | Fault:
     return result.text if isinstance(result, _Certificate) else result
 
 
-def tls_context(tls: TlsFiles, *, verified: bool = True) -> ssl.SSLContext:
-    """What a store's own connections use. Raises `Fault` for files that cannot be used."""
-    if verified:
-        try:
-            context = ssl.create_default_context(cafile=tls.ca)
-        except OSError as exc:
-            raise Fault(
-                f"the CA file {tls.ca} cannot be used ({exc.strerror or type(exc).__name__}): name a readable PEM file"
-            ) from exc
-    else:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    if tls.cert:
-        try:
-            context.load_cert_chain(tls.cert, tls.key)
-        except OSError as exc:
-            raise Fault(
-                f"the client certificate {tls.cert} with the key {tls.key or tls.cert} cannot be used "
-                f"({exc.strerror or type(exc).__name__}): name readable PEM files that belong together"
-            ) from exc
-    return context
+@contextmanager
+def _secured(host: Host, context: ssl.SSLContext, by_s: float) -> Iterator[ssl.SSLSocket]:
+    """A connection over TLS, for the length of the block."""
+    with dial(*host, by_s, finish=lambda raw: context.wrap_socket(raw, server_hostname=host[0])) as connection:
+        assert isinstance(connection, ssl.SSLSocket)
+        yield connection
 
 
-def shown(host: Host) -> str:
-    return f"[{host[0]}]:{host[1]}" if ":" in host[0] else f"{host[0]}:{host[1]}"
+def ask_each(hosts: Sequence[Host], ask: Callable[[Host], T], by_s: float) -> dict[Host, T | Fault]:
+    """What `ask` returns or raises for each host, all asked at once; one that does not end by `by_s` is left alone.
 
-
-def ask_each(
-    hosts: Sequence[Host],
-    ask: Callable[[Host], T],
-    timeout_s: float,
-    *,
-    late: str = "{host} did not answer in time: is it stopped, or overloaded?",
-) -> dict[Host, T | Fault]:
-    """What `ask` returns or raises for each host, all asked at once; one that does not end in time is left alone.
-
-    `late` says what that means, of `{host}` or its `{name}`. What is raised and is no `Fault` is raised here.
+    What is raised and is no `Fault` is raised here.
     """
     results: dict[Host, T | Exception] = {}
 
@@ -258,16 +216,15 @@ def ask_each(
         except Exception as exc:  # noqa: BLE001  # handed on to the caller's thread
             results[host] = exc
 
-    # Threads of our own: resolving a name has no deadline, and an executor would wait for it at the exit.
+    # Threads of our own: an executor would wait at the exit for a handshake whose bytes come one by one.
     threads = [threading.Thread(target=run, args=(host,), daemon=True) for host in hosts]
     for thread in threads:
         thread.start()
-    end_s = time.monotonic() + timeout_s + _GRACE_S
     for thread in threads:
-        thread.join(max(0.0, end_s - time.monotonic()))
+        thread.join(max(0.0, by_s + _GRACE_S - time.monotonic()))
     answered: dict[Host, T | Fault] = {}
     for host in hosts:
-        result = results.get(host, Fault(late.format(host=shown(host), name=host[0])))
+        result = results.get(host, Fault(f"{shown(host)} did not answer in time: is it stopped, or overloaded?"))
         if isinstance(result, Exception) and not isinstance(result, Fault):
             raise result
         answered[host] = result

@@ -78,7 +78,7 @@ def open_probe(url: StoreUrl, *, timeout_s: float) -> EtcdProbe | RedisProbe | S
         case "sqlite":
             from veltrix_mw.stores.sqlite_probe import SqliteProbe
 
-            return SqliteProbe(url, timeout_s=timeout_s)
+            return SqliteProbe(url)
         case "etcd" | "etcds":
             with _driver(url, "urllib3", extra="etcd"):
                 from veltrix_mw.stores.etcd_probe import EtcdProbe

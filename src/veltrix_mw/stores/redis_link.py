@@ -28,9 +28,11 @@ from redis.connection import Connection as _DriverConnection
 
 from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
-from veltrix_mw.protocols import NotPermitted
+from veltrix_mw.protocols import NotLetIn, NotPermitted, Silent
+from veltrix_mw.settings import shown
 from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
+from veltrix_mw.stores.tls import Tls, Verdict, verdict_of
 
 __all__ = ["Command", "Connection", "RedisLink"]
 
@@ -225,13 +227,10 @@ class RedisLink:
         self._names = Names(namespace)
         self._namespace = namespace
         self._has_answered = False  # whether it ever spoke Redis with us: then a hint at its port would mislead
-        self._tls = tls
+        self._tls = Tls(ca, cert, key) if tls else None
         self._user = user
         self._password = password
-        self._files = (ca, cert, key)
-        self._context: ssl.SSLContext | None = None
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"{'rediss' if tls else 'redis'}://{shown}:{port}/{db}"
+        self.url = f"{'rediss' if tls else 'redis'}://{shown((host, port))}/{db}"
         self._begin_anew()
         with _links_lock:
             _links.add(self)
@@ -355,7 +354,7 @@ class RedisLink:
         self.shut(connection)
 
     def _dial(self, deadline_s: float) -> socket.socket:
-        context = self._tls_context() if self._tls else None
+        context = self._tls.context() if self._tls else None
         finish = None if context is None else lambda raw: self._secured(context, raw)
         return dial(self._host, self._port, deadline_s, finish=finish)
 
@@ -367,21 +366,6 @@ class RedisLink:
                 f"{self.url} did not answer the TLS handshake in time: is it up? If its port is one without TLS, "
                 "write redis://"
             ) from exc
-
-    def _tls_context(self) -> ssl.SSLContext:
-        if self._context is None:
-            ca, cert, key = self._files
-            try:
-                context = ssl.create_default_context(cafile=ca)
-                if cert:
-                    context.load_cert_chain(cert, key)
-            except (OSError, ssl.SSLError) as exc:
-                raise StoreError(
-                    f"the TLS files for {self.url} cannot be used ({exc.strerror or exc.__class__.__name__}): ca={ca}, "
-                    f"cert={cert}, key={key} must name readable PEM files, and the key must be the certificate's"
-                ) from exc
-            self._context = context
-        return self._context
 
     # --- what an error means
 
@@ -404,7 +388,7 @@ class RedisLink:
                 f"the name {self._host} of {url} was not resolved within {timeout_s:g} s; check this machine's DNS"
             )
         if isinstance(error, (errors.TimeoutError, TimeoutError)):
-            return StoreUnavailable(f"{url} did not answer within {timeout_s:g} s; is it up, and reachable from here?")
+            return Silent(f"{url} did not answer within {timeout_s:g} s; is it up, and reachable from here?")
         if isinstance(error, errors.InvalidResponse):
             what = "speaks HTTP, and is" if "HTTP/1." in text else "is"
             return StoreError(f"what answers at {url} {what} not a Redis server: check host and port")
@@ -419,7 +403,7 @@ class RedisLink:
             hint = " (a TLS port does so too: write rediss:// if it is one; so does etcd's: check the port)"
             if self._tls:
                 asks = (
-                    "" if self._files[1] else "one that asks for a client certificate does so too: give cert and key; "
+                    "" if self._tls.cert else "one that asks for a client certificate does so too: give cert and key; "
                 )
                 hint = f" ({asks}a port without TLS, such as etcd's, does so too: check the port)"
             if self._has_answered:
@@ -429,15 +413,13 @@ class RedisLink:
             return StoreUnavailable(f"{url} cannot be reached: {error.strerror or type(error).__name__}")
         return StoreUnavailable(f"the connection to {url} failed: {type(error).__name__}")
 
-    def _not_let_in(self, text: str) -> AuthFailed:
+    def _not_let_in(self, text: str) -> NotLetIn:
         if "without any password configured" in text or "no password is set" in text:
-            return AuthFailed(
-                f"{self.url} has no password for the default user: leave the password out, or name a user"
-            )
+            return NotLetIn(f"{self.url} has no password for the default user: leave the password out, or name a user")
         if self._password is None:
-            return AuthFailed(f"{self.url} asks for a password: give user and password")
+            return NotLetIn(f"{self.url} asks for a password: give user and password")
         who = f"user {self._user!r}" if self._user else "the default user"
-        return AuthFailed(f"{self.url} refused {who} with that password: correct user or password, or enable the user")
+        return NotLetIn(f"{self.url} refused {who} with that password: correct user or password, or enable the user")
 
     def _refused(self, error: Exception) -> StoreError:
         url, text = self.url, str(error)
@@ -501,11 +483,12 @@ class RedisLink:
         who = f"user {self._user!r}" if self._user else "the default user"
         return NotPermitted(
             f"the ACL of {who} at {self.url} lacks {lacking}. docs/redis-layout.md lists what workers, relay and "
-            "writers need (redis-cli: ACL SETUSER)"
+            "writers need (redis-cli: ACL SETUSER)",
+            lacking=lacking,
         )
 
     def _tls_failed(self, error: ssl.SSLError) -> StoreError:
-        url, ca = self.url, self._files[0] or "the system's authorities"
+        url, ca = self.url, (self._tls and self._tls.ca) or "the system's authorities"
         if isinstance(error, ssl.SSLCertVerificationError):
             if error.verify_code == 10:
                 return StoreError(f"the certificate of {url} has expired: renew it on the server")
@@ -515,12 +498,15 @@ class RedisLink:
                 f"the certificate of {url} is not signed by {ca} ({error.verify_message}): name its CA with ca=FILE"
             )
         reason = (getattr(error, "reason", None) or "").upper()
-        if "CERTIFICATE_REQUIRED" in reason or "HANDSHAKE_FAILURE" in reason:
-            return AuthFailed(f"{url} asks for a client certificate: give cert=FILE and key=FILE")
-        if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason):
-            return AuthFailed(f"{url} refused our client certificate ({reason.lower()}): give one that its CA signed")
-        if reason in {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST"}:
-            return StoreError(f"{url} does not speak TLS: write redis://, or name its TLS port")
+        match verdict_of(error):
+            case Verdict.CERTIFICATE_WANTED:
+                return AuthFailed(f"{url} asks for a client certificate: give cert=FILE and key=FILE")
+            case Verdict.CERTIFICATE_REFUSED:
+                return AuthFailed(
+                    f"{url} refused our client certificate ({reason.lower()}): give one that its CA signed"
+                )
+            case Verdict.NOT_TLS:
+                return StoreError(f"{url} does not speak TLS: write redis://, or name its TLS port")
         # The end of the connection may come before its reset, and has more than one name.
         is_closed = not self._has_answered and (not reason or "EOF" in reason)
         hint = " (a port without TLS, such as etcd's, does so too: check the port)" if is_closed else ""

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final, Literal
 
-from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
+from veltrix_mw.errors import StoreError
 from veltrix_mw.findings import Said, Step, fail, not_made, ok, warn
-from veltrix_mw.protocols import MirrorState, NotPermitted, Position
-from veltrix_mw.settings import StoreUrl
-from veltrix_mw.stores.network_probe import NetworkProbe, TlsFiles
-from veltrix_mw.stores.pace import clock_said, pace_said
+from veltrix_mw.protocols import MirrorState, NotLetIn, NotPermitted, Position, Silent
+from veltrix_mw.settings import StoreUrl, shown
+from veltrix_mw.stores.network_probe import NetworkProbe
+from veltrix_mw.stores.pace import clock_said, paced
 from veltrix_mw.stores.redis_layout import AUTHORITY, META_FIELDS, MIRROR, Meta, Names, meta_of, state_of
 from veltrix_mw.stores.redis_link import Connection, RedisLink
 from veltrix_mw.stores.tiers import STALE_AFTER_S
+from veltrix_mw.stores.tls import Tls
+from veltrix_mw.words import ago, counted
 
 __all__ = ["RedisProbe", "Role"]
 
 Role = Literal["authority", "mirror"]
 
-_CALLS: Final = 5
 _NEARLY_FULL: Final = 0.9  # of maxmemory
 _MOST_DATABASES: Final = 16  # looked through for a namespace that is not where it was looked for
 _OLDEST: Final[tuple[int, int]] = (5, 0)  # streams
@@ -41,19 +41,18 @@ class RedisProbe:
     def __init__(self, url: StoreUrl, *, role: Role, lazy: Sequence[str] = (), timeout_s: float) -> None:
         options: dict[str, Any] = dict(url.options)
         ((self._host, self._port),) = url.hosts
+        self._where = shown(url.hosts[0])
         self._url = url
         self._role = role
         self._lazy = tuple(lazy)
         self._names = Names(url.namespace)
         self._timeout_s = timeout_s
         self._files = (options.get("ca"), options.get("cert"), options.get("key"))
-        self._network = NetworkProbe(
-            url.hosts, tls=TlsFiles(*self._files) if url.tls else None, plain="redis", secure="rediss",
-            timeout_s=timeout_s,
-        )  # fmt: skip
+        self._network = NetworkProbe(url.hosts, tls=Tls(*self._files) if url.tls else None, plain="redis")
         self._opened: dict[int, RedisLink] = {}
-        self._not_let_in: AuthFailed | None = None
+        self._not_let_in: NotLetIn | None = None
         self._meta: Meta | None = None
+        self._first: Sequence[Any] = ()  # the stream's oldest entry, in a list of one or none
         self._now_us = 0
         self._lease: bytes | None = None
         self._may_write: bool | None = None  # None: that was not to be found out
@@ -85,9 +84,9 @@ class RedisProbe:
             *(of_mirror if self._role == "mirror" else ()),
         )
 
-    def look_again(self) -> None:
+    def look_again(self, by_s: float) -> None:
         """Read the position anew."""
-        with self._session() as connection:
+        with self._session(by_s) as connection:
             self._take(connection)
 
     def close(self) -> None:
@@ -96,59 +95,54 @@ class RedisProbe:
 
     # --- who answers
 
-    def _service(self) -> Said:
+    def _service(self, by_s: float) -> Said:
         where = self._where
         try:
-            with self._link(0).session(self._timeout_s) as connection:
+            with self._session(by_s, db=0) as connection:
                 connection.execute("PING")
         except NotPermitted:
             pass
-        except AuthFailed as exc:
-            if "certificate" in str(exc) or "protected mode" in str(exc):
-                raise
+        except NotLetIn as exc:
             self._not_let_in = exc
-        except StoreUnavailable as exc:
-            if "did not answer" not in str(exc):
-                raise
+        except Silent:
             return fail(
                 f"{where} takes connections and answers nothing within {self._timeout_s:g} s: is the process stopped, "
                 "or its machine overloaded?"
             )
         return ok(f"Redis answers at {where}")
 
-    def _authentication(self) -> Said:
+    def _authentication(self, _by_s: float) -> Said:
         if self._not_let_in is not None:
             raise self._not_let_in
         if self._url.password is None:
             return ok("no password is given, and none is asked for")
         return ok(f"as {self._who}")
 
-    def _database(self) -> Said:
+    def _database(self, by_s: float) -> Said:
         try:
-            with self._session():
+            with self._session(by_s):
                 pass
         except NotPermitted as exc:
-            if "+select" in str(exc):
+            if exc.lacking == "+select":
                 return fail(f"{exc}; db {self._url.db} needs it, db 0 does not")
         return ok(f"db {self._url.db}")
 
     # --- what it may do
 
-    def _read(self) -> Said:
+    def _read(self, by_s: float) -> Said:
         names = self._names
-        with self._session() as connection:
+        with self._session(by_s) as connection:
             self._take(connection)
             # What a follower asks.
-            connection.execute("EXISTS", names.entries)
-            connection.execute("HSCAN", names.entries, 0, "COUNT", 1)
-            connection.execute("XRANGE", names.changes, "-", "+", "COUNT", 1)
-            connection.execute("XREAD", "COUNT", 1, "STREAMS", names.changes, "0")
             is_there = bool(connection.execute("EXISTS", names.entries))
+            connection.execute("HSCAN", names.entries, 0, "COUNT", 1)
+            self._first = connection.execute("XRANGE", names.changes, "-", "+", "COUNT", 1)
+            connection.execute("XREAD", "COUNT", 1, "STREAMS", names.changes, "0")
         meta = self._meta
         if meta is None and is_there:
             return fail(f"{names.entries} is not this library's: choose another namespace, or another db")
         if meta is None:
-            return self._nothing()
+            return self._nothing(by_s)
         if meta.kind != (MIRROR if self._role == "mirror" else AUTHORITY):
             if self._role == "mirror":
                 return fail(
@@ -158,11 +152,10 @@ class RedisProbe:
             return fail(
                 f"{names.base}* is a mirror, fed from another authority: give that one's URL, and this as --mirror"
             )
-        keys = "1 key" if meta.count == 1 else f"{meta.count} keys"
-        return ok(f"{keys} in {names.base}*, at revision {meta.revision}")
+        return ok(f"{counted(meta.count, 'key')} in {names.base}*, at revision {meta.revision}")
 
-    def _nothing(self) -> Said:
-        elsewhere = self._elsewhere()
+    def _nothing(self, by_s: float) -> Said:
+        elsewhere = self._elsewhere(by_s)
         found = f"db {self._url.db} holds nothing of the namespace {self._url.namespace!r}"
         if elsewhere:
             found += f", and db {', '.join(map(str, elsewhere))} does: correct the number in the URL"
@@ -172,30 +165,29 @@ class RedisProbe:
             found += ": nothing was written yet, or the URL names another db or namespace"
         return warn(found)
 
-    def _elsewhere(self) -> list[int]:
+    def _elsewhere(self, by_s: float) -> list[int]:
         """The databases that hold the namespace, as far as this user may look."""
         found = []
-        end_s = time.monotonic() + self._timeout_s  # for all of them together
         try:
-            with self._session() as connection:
+            with self._session(by_s) as connection:
                 told = self._info(connection, "keyspace")
             others = [int(name[2:]) for name in told if re.fullmatch(r"db\d{1,5}", name)]
             for number in [each for each in others if each != self._url.db][:_MOST_DATABASES]:
-                with self._link(number).session(max(0.0, end_s - time.monotonic())) as connection:
+                with self._session(by_s, db=number) as connection:
                     if connection.execute("EXISTS", self._names.entries):
                         found.append(number)
         except StoreError:
             pass  # it may not, or not in time: it is a hint and no more
         return found
 
-    def _bookkeeping(self) -> Said:
-        with self._session() as connection:
+    def _bookkeeping(self, by_s: float) -> Said:
+        with self._session(by_s) as connection:
             self._lease = connection.execute("GET", self._names.lease)
         return ok(f"{self._names.lease} can be read")
 
-    def _write(self) -> Said:
+    def _write(self, by_s: float) -> Said:
         try:
-            with self._session() as connection:
+            with self._session(by_s) as connection:
                 connection.try_writing(self._names.changes)
         except NotPermitted as exc:
             self._may_write = False
@@ -206,10 +198,10 @@ class RedisProbe:
 
     # --- how it is
 
-    def _version(self) -> Said:
-        with self._asking("server") as told:
-            if isinstance(told, str):
-                return not_made(told)
+    def _version(self, by_s: float) -> Said:
+        told = self._section("server", by_s)
+        if isinstance(told, Said):
+            return told
         number = told.get("valkey_version") or told.get("redis_version", "")
         name = f"{'Valkey' if 'valkey_version' in told else 'Redis'} {number}"
         found = re.match(r"(\d+)\.(\d+)", told.get("redis_version", ""))
@@ -222,10 +214,10 @@ class RedisProbe:
             return warn(f"{name} works, but cannot grant a user to read alone (%R~): take Redis 7 where you have users")
         return ok(name)
 
-    def _memory(self) -> Said:
-        with self._asking("memory") as told:
-            if isinstance(told, str):
-                return not_made(told)
+    def _memory(self, by_s: float) -> Said:
+        told = self._section("memory", by_s)
+        if isinstance(told, Said):
+            return told
         used, most = int(told.get("used_memory", 0)), int(told.get("maxmemory", 0))
         policy = told.get("maxmemory_policy", "noeviction")
         mib = 1 << 20
@@ -240,41 +232,33 @@ class RedisProbe:
             )
         return ok(shown)
 
-    def _persistence(self) -> Said:
-        with self._asking("persistence") as told:
-            if isinstance(told, str):
-                return not_made(told)
+    def _persistence(self, by_s: float) -> Said:
+        told = self._section("persistence", by_s)
+        if isinstance(told, Said):
+            return told
         if told.get("aof_enabled") == "1":
             return ok("appendonly yes")
         return warn("appendonly no: a restart loses acknowledged writes; set appendonly yes, and make backups")
 
-    def _clock(self) -> Said:
-        with self._session() as connection:
+    def _clock(self, by_s: float) -> Said:
+        with self._session(by_s) as connection:
             sent_s = time.time()
             seconds, microseconds = connection.execute("TIME")
             received_s = time.time()
         ahead_s = int(seconds) + int(microseconds) / 1e6 - (sent_s + received_s) / 2
         return clock_said(self._where, ahead_s, exact_to_s=max(0.001, (received_s - sent_s) / 2))
 
-    def _round_trip(self) -> Said:
-        took_s = []
-        with self._session() as connection:
-            for _ in range(_CALLS):
-                begun_s = time.monotonic()
-                connection.execute("TIME")
-                took_s.append(time.monotonic() - begun_s)
-        return pace_said(statistics.median(took_s), "a command")
+    def _round_trip(self, by_s: float) -> Said:
+        with self._session(by_s) as connection:
+            return paced(lambda: connection.execute("TIME"), "a command")
 
-    def _stream(self) -> Said:
-        changes, meta = self._names.changes, self._meta
+    def _stream(self, by_s: float) -> Said:
+        changes, meta, first = self._names.changes, self._meta, self._first
         if meta is None:
             return not_made("there is none yet")
-        with self._session() as connection:
-            first = connection.execute("XRANGE", changes, "-", "+", "COUNT", 1)
         try:
-            with self._session() as connection:
-                number = connection.execute("XLEN", changes)
-                length = "1 entry" if number == 1 else f"{number} entries"
+            with self._session(by_s) as connection:
+                length = counted(connection.execute("XLEN", changes), "change")
         except NotPermitted:  # workers need no XLEN
             length = "its length is not for this user to know"
         if not first:
@@ -291,7 +275,7 @@ class RedisProbe:
     def _state(self) -> MirrorState:
         return state_of(self._meta, self._now_us, self._lease)
 
-    def _freshness(self) -> Said:
+    def _freshness(self, _by_s: float) -> Said:
         state = self._state()
         if not state.position.incarnation:
             return warn("it is empty, so workers follow the authority: a relay fills it")
@@ -299,12 +283,12 @@ class RedisProbe:
             return warn("its relay has never asked the authority since it was filled, so workers follow the authority")
         if state.age_s > STALE_AFTER_S:
             return warn(
-                f"stale: its relay last asked the authority {state.age_s:.0f} s ago, so workers follow the authority: "
+                f"stale: its relay last asked the authority {ago(state.age_s)}, so workers follow the authority: "
                 "look at the relay and its log"
             )
-        return ok(f"its relay asked the authority {state.age_s:.1f} s ago")
+        return ok(f"its relay asked the authority {ago(state.age_s)}")
 
-    def _coverage(self) -> Said:
+    def _coverage(self, _by_s: float) -> Said:
         meta = self._meta
         if meta is None:
             return not_made("it is empty")
@@ -319,7 +303,7 @@ class RedisProbe:
             return ok(f"it holds everything, also {', '.join(more)}, which is lazy here")
         return ok(f"it leaves out {', '.join(meta.lazy)}, as all do" if meta.lazy else "it holds every prefix")
 
-    def _relay(self) -> Said:
+    def _relay(self, _by_s: float) -> Said:
         holder = self._state().relay
         if holder:
             return ok(f"{holder} feeds it")
@@ -330,10 +314,6 @@ class RedisProbe:
         )
 
     # ---
-
-    @property
-    def _where(self) -> str:
-        return f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
 
     @property
     def _who(self) -> str:
@@ -354,20 +334,18 @@ class RedisProbe:
             )  # fmt: skip
         return self._opened[db]
 
-    @contextmanager
-    def _session(self) -> Iterator[Connection]:
-        with self._link(self._url.db).session(self._timeout_s) as connection:
-            yield connection
+    def _session(self, by_s: float, *, db: int | None = None) -> AbstractContextManager[Connection]:
+        # In tenths: what was too long is quoted.
+        left_s = max(0.1, round(by_s - time.monotonic(), 1))
+        return self._link(self._url.db if db is None else db).session(left_s)
 
-    @contextmanager
-    def _asking(self, section: str) -> Iterator[Mapping[str, str] | str]:
-        """A section of INFO; a reason where this user may not ask."""
+    def _section(self, name: str, by_s: float) -> Mapping[str, str] | Said:
+        """A section of INFO; why not, where this user may not ask."""
         try:
-            with self._session() as connection:
-                told: Mapping[str, str] | str = self._info(connection, section)
+            with self._session(by_s) as connection:
+                return self._info(connection, name)
         except NotPermitted:
-            told = f"{self._who} may not ask; as one who may: redis-cli INFO {section}"
-        yield told
+            return not_made(f"{self._who} may not ask; as one who may: redis-cli INFO {name}")
 
     @staticmethod
     def _info(connection: Connection, section: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ from random import Random
 from typing import Final
 
 from veltrix_mw.protocols import MirrorState, Position
+from veltrix_mw.words import ago
 
 __all__ = ["LEAVE_WITHIN_S", "RETURN_WITHIN_S", "STALE_AFTER_S", "Tier", "Tiers"]
 
@@ -142,6 +143,10 @@ class Tiers:
         self._shunned = reason, now_s + for_s
         self._faulty("unreachable", reason, 0.0, now_s)
 
+    def covers(self, left_out: Sequence[str]) -> bool:
+        """Whether a mirror that leaves out these prefixes has all that this process reads eagerly."""
+        return set(left_out) <= set(self._lazy)
+
     def is_new(self, position: Position) -> bool:
         """Whether it is of another incarnation than the one this process knows of the authority."""
         floor = self._floor
@@ -200,7 +205,7 @@ class Tiers:
         position, floor = state.position, self._floor
         if not position.incarnation:
             return "it is empty"
-        if not set(state.lazy) <= set(self._lazy):
+        if not self.covers(state.lazy):
             missing = ", ".join(sorted(set(state.lazy) - set(self._lazy)))
             return f"it leaves out {missing}, which this process reads eagerly"
         doubted, doubted_s = self._doubted
@@ -224,13 +229,13 @@ class Tiers:
             return "unreachable", self._shunned[0], 0.0
         why = self.refuses(state, sent_at_s=sent_at_s)
         if why:
-            covered = set(state.lazy) <= set(self._lazy)
+            covered = self.covers(state.lazy)
             kind = "uncovered" if not covered else "behind" if state.position.incarnation else "empty"
             return kind, why, STALE_AFTER_S if covered else 0.0
         if math.isinf(state.age_s):  # it has just been filled; what it holds is proved a moment later
-            return "stale", "its relay asked the authority never", STALE_AFTER_S
+            return "stale", f"its relay asked the authority {ago(state.age_s)}", STALE_AFTER_S
         if state.age_s > STALE_AFTER_S:
-            return "stale", f"its relay asked the authority {state.age_s:.0f} s ago", 0.0
+            return "stale", f"its relay asked the authority {ago(state.age_s)}", 0.0
         if self.current is Tier.AUTHORITY and not alone and self.is_new(state.position):
             return "behind", "it holds another incarnation than the authority", 0.0
         return "", "", 0.0

@@ -1,0 +1,29 @@
+"""Words: numbers in sentences.
+
+Owns how a count and an age read; knows nothing of what they are of.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+__all__ = ["ago", "counted"]
+
+_UNITS: Final = ((86400, "days"), (3600, "hours"), (60, "minutes"))
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 key`, `2 keys`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def ago(age_s: float) -> str:
+    """How long ago, in the largest unit of which there are two; `never` for infinity."""
+    if math.isinf(age_s):
+        return "never"
+    age_s = max(0.0, age_s)
+    for unit_s, name in _UNITS:
+        if age_s >= 2 * unit_s:
+            return f"{age_s / unit_s:.0f} {name} ago"
+    return f"{age_s:.0f} s ago" if age_s >= 10 else f"{age_s:.1f} s ago"

@@ -1,0 +1,32 @@
+"""Words: counts and ages as they read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from veltrix_mw.words import ago, counted
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 keys"), (1, "1 key"), (2, "2 keys")])
+def test_a_count_is_singular_for_one_alone(number: int, text: str) -> None:
+    assert counted(number, "key") == text
+
+
+@pytest.mark.parametrize(
+    ("age_s", "text"),
+    [
+        (-1.0, "0.0 s ago"),
+        (0.04, "0.0 s ago"),
+        (9.9, "9.9 s ago"),
+        (10.4, "10 s ago"),
+        (119.0, "119 s ago"),
+        (120.0, "2 minutes ago"),
+        (7200.0, "2 hours ago"),
+        (2 * 86400.0, "2 days ago"),
+        (math.inf, "never"),
+    ],
+)
+def test_an_age_is_told_in_the_largest_unit_of_which_there_are_two(age_s: float, text: str) -> None:
+    assert ago(age_s) == text
