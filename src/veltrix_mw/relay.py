@@ -390,7 +390,6 @@ class Relay:
             case Elected():
                 return self._take_election(event)
             case Looked():
-                self.error = "" if event.error is None else str(event.error)
                 return Rest(max(0.0, self._rest_until_s - event.now_s))
             case Inspected():
                 return self._take_inspection(event)

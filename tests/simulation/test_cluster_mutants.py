@@ -176,8 +176,8 @@ def vouching_for_all(kind: type[Tiers]) -> type[MirroredStore]:
     """With the other defence off: the authority is not asked whose incarnation a mirror holds."""
 
     class Credulous(with_tiers(kind)):  # type: ignore[misc]
-        def _is_vouched_for(self, position: Position) -> bool:
-            return True
+        def _is_vouched_for(self, position: Position, *, alone: bool) -> tuple[bool, str]:
+            return True, ""
 
     return Credulous
 

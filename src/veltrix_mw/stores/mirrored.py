@@ -166,7 +166,7 @@ class MirroredStore:
             raise StoreUnavailable(f"the mirror does not say where it stands: {self._tiers.fault}")
         with self._lock:
             refused = self._tiers.refuses(state, sent_at_s=sent_at_s)
-        if not self._is_covered(state.lazy):
+        if not self._tiers.covers(state.lazy):
             # It may have been filled so at the revision that was followed, and told of later ones without them.
             raise Compacted(f"the mirror was filled anew: {refused}; list again")
         if refused:
@@ -185,10 +185,6 @@ class MirroredStore:
             age_s=state.age_s,
             digest=state.digest if self._is_alike(state.lazy) else None,
         )
-
-    def _is_covered(self, left_out: Sequence[str]) -> bool:
-        """Whether a mirror that leaves out these prefixes has all that this process reads eagerly."""
-        return set(left_out) <= set(self.info.lazy)
 
     def _is_alike(self, left_out: Sequence[str]) -> bool:
         return set(left_out) == set(self.info.lazy)
@@ -240,8 +236,10 @@ class MirroredStore:
             return None
         with self._lock:
             usable = not self._tiers.fault if needs_fresh else not self._tiers.refuses(state, sent_at_s=sent_at_s)
-            is_new = not alone and (not self._served or self._tiers.is_new(state.position))
-        if not usable or (is_new and not self._is_vouched_for(state.position)):
+        if not usable:
+            return None
+        vouched, unasked = self._is_vouched_for(state.position, alone=alone)
+        if not vouched:
             return None
         try:
             listing = self.mirror.list(timeout_s=timeout_s)
@@ -252,13 +250,14 @@ class MirroredStore:
         with self._lock:
             if self._tiers.refuses(held, sent_at_s=sent_at_s):
                 return None  # it went back, or was filled otherwise, while it was listed
-            is_new = not alone and (not self._served or self._tiers.is_new(listing.position))
-        is_another = listing.position.incarnation != state.position.incarnation
-        if is_new and is_another and not self._is_vouched_for(listing.position):
-            return None
+        if listing.position.incarnation != state.position.incarnation:
+            vouched, unasked = self._is_vouched_for(listing.position, alone=alone)
+            if not vouched:
+                return None
+        passed_over = self._told_passed_over()
+        listing = replace(listing, passed_over=passed_over if self._served else unasked or passed_over)
         self._learned(listing.position, sent_at_s - listing.age_s)
         self._served = True
-        listing = replace(listing, passed_over=self._told_passed_over())
         if self._is_alike(listing.lazy):
             return listing
         return replace(listing, entries=[entry for entry in listing.entries if self._is_eager(entry[0])])
@@ -267,28 +266,31 @@ class MirroredStore:
         passed_over, self._passed_over = self._passed_over, ""
         return passed_over
 
-    def _is_vouched_for(self, position: Position) -> bool:
-        """Whether the authority does not say that a mirror's incarnation, new to this process, is none of its own.
+    def _is_vouched_for(self, position: Position, *, alone: bool) -> tuple[bool, str]:
+        """Whether a mirror's incarnation is known here, or the authority does not say that it is none of its own.
 
         A mirror cannot tell whose it is: a relay of another authority may have won the lease. Where the authority does
-        not answer, the mirror is believed: there may be workers that reach nothing else.
+        not answer, the mirror is believed: there may be workers that reach nothing else. What is to be told of that
+        comes second. `alone`: the authority has just failed, and is not asked.
         """
+        with self._lock:
+            is_new = not self._served or self._tiers.is_new(position)
+        if alone or not is_new:
+            return True, ""
         try:
             incarnation = self.authority.confirm(position, timeout_s=FIRST_LOOK_TIMEOUT_S).incarnation
         except Compacted:  # or `Restored`: the authority does not know such a history, or no longer
             incarnation = ""
         except StoreError as exc:
-            if not self._served:
-                self._passed_over = _unanswered(exc)
-            return True
+            return True, _unanswered(exc)
         if incarnation == position.incarnation:
-            return True
+            return True, ""
         with self._lock:
             # Only until the authority is followed: there, a mirror of another incarnation is not gone back to.
             self._tiers.shun(
                 "it holds an incarnation that the authority does not have", now_s=self._clock(), for_s=DISOWNED_S
             )
-        return False
+        return False, ""
 
     def _ask_mirror(self, timeout_s: float, *, alone: bool = False) -> MirrorState | None:
         """Where the mirror stands, told to the tiers; None where it does not say. `alone`: the authority fails."""
@@ -391,7 +393,7 @@ class _MirrorWatch:
         store._unfollowed = 0
         if not batches:
             return batches
-        if not all(store._is_covered(batch.lazy) for batch in batches):
+        if not all(store._tiers.covers(batch.lazy) for batch in batches):
             raise Compacted("the mirror leaves out what this process reads eagerly; list again")
         store._learned(batches[-1].position, -math.inf)
         if not store.info.lazy:
