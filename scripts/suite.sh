@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the suite on the main environment, then on every other Python that this project supports and this machine has.
-# Two parts run at a time: they wait for servers more than they compute. Stops after the first two of which one fails.
-# The last lines are pytest's own summaries, one a part.
+# Runs the suite on the main environment, and on every other Python that this project supports and this machine has.
+# Three parts run at a time: they wait for servers more than they compute. No part is begun once one has failed. What
+# the first part says is shown as it runs, what the others say once they end. The last lines are pytest's own summaries,
+# one a part.
 #
 # What takes minutes and does not depend on the interpreter is run on the main one alone, as a part of its own: the
 # faults on real servers, their simulation, the cluster's demo, and the contract of stores behind a mirror, whose parts
@@ -12,60 +13,67 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 once=(faults simulation cli/test_demo_cluster.py stores/test_mirrored.py)
+at_a_time=3
 logs=$(mktemp -d)
-beside=
-trap '[[ -z $beside ]] || kill "$beside" 2>/dev/null || true; rm -rf "$logs"' EXIT
-summaries=()
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$logs"' EXIT
+labels=()             # what each part is run on, by its number
+declare -A running=() # process id -> number of its part
+failed=0
+label='import platform, django; print(f"Python {platform.python_version()}, Django {django.__version__}")'
 
-label() {
-  "$1" -c 'import platform, django; print(f"Python {platform.python_version()}, Django {django.__version__}")'
+# Waits until fewer parts run than `at_a_time`, or than $1.
+settle() {
+  local pid status number
+  while ((${#running[@]} >= ${1:-at_a_time})); do
+    status=0
+    wait -n -p pid "${!running[@]}" || status=$?
+    number=${running[$pid]}
+    unset "running[$pid]"
+    if ((number > 0)); then
+      echo "== tests, run beside others: ${labels[number]}"
+      cat "$logs/$number"
+    fi
+    ((status == 0)) || failed=1
+  done
 }
 
-# Runs one command, or two of which the second one's output comes last; each is a Python and its arguments in one word.
+# Runs `$1 -m pytest` with the other arguments as a part of its own, once there is room; nothing where one has failed.
 run() {
-  local failed=0 each
-  local -a first second labels
-  read -ra first <<<"$1"
-  labels=("$(label "${first[0]}")")
-  if (($# > 1)); then
-    read -ra second <<<"$2"
-    labels+=("$(label "${second[0]}")")
-    "${second[@]}" >"$logs/1" 2>&1 &
-    beside=$!
-  fi
-  echo "== tests: ${labels[0]}"
-  "${first[@]}" 2>&1 | tee "$logs/0" || failed=1
-  if (($# > 1)); then
-    wait "$beside" || failed=1
-    beside=
-    echo "== tests, run beside it: ${labels[1]}"
-    cat "$logs/1"
-  fi
-  for each in "${!labels[@]}"; do
-    summaries+=("${labels[each]}: $(tail -n 1 "$logs/$each")")
-  done
+  local python=$1 number=${#labels[@]}
+  settle
   if ((failed)); then
-    printf '%s\n' "== failed" "${summaries[@]}"
-    exit 1
+    return
   fi
+  labels+=("$("$python" -c "$label")")
+  if ((number == 0)); then
+    echo "== tests: ${labels[0]}"
+    ("$python" -m pytest "${@:2}" 2>&1 | tee "$logs/0") & # pipefail: it fails as pytest does
+  else
+    "$python" -m pytest "${@:2}" >"$logs/$number" 2>&1 &
+  fi
+  running[$!]=$number
 }
 
 main=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-run ".venv/bin/python -m pytest ${once[*]/#/--ignore=tests/}" ".venv/bin/python -m pytest ${once[*]/#/tests/}"
-
-others=()
+run .venv/bin/python "${once[@]/#/--ignore=tests/}"
+run .venv/bin/python "${once[@]/#/tests/}"
 while read -r version python <&3; do
   case $version in
     "$main") ;;
     3.11 | 3.12 | 3.13)
       scripts/environment.sh ".venvs/$version" test "$python"
-      others+=(".venvs/$version/bin/python -m pytest ${once[*]/#/--ignore=tests/}")
+      run ".venvs/$version/bin/python" "${once[@]/#/--ignore=tests/}"
       ;;
   esac
 done 3< <(scripts/pythons.sh)
-for ((at = 0; at < ${#others[@]}; at += 2)); do
-  run "${others[@]:at:2}"
-done
+settle 1
 
-echo "== all passed"
-printf '%s\n' "${summaries[@]}"
+if ((failed)); then
+  echo "== failed"
+else
+  echo "== all passed"
+fi
+for number in "${!labels[@]}"; do
+  echo "${labels[number]}: $(tail -n 1 "$logs/$number")"
+done
+exit "$failed"
