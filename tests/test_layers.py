@@ -22,7 +22,9 @@ CORE: Final = "veltrix_mw"
 # Lowest first. A module imports from its own rank (without a cycle) and from those before it. A name stands for
 # the module and all below it.
 RANKS: Final[tuple[frozenset[str], ...]] = (
-    frozenset({"errors", "version", "faults", "forking", "keys", "pinning", "values", "telemetry", "words"}),
+    frozenset(
+        {"errors", "version", "faults", "forking", "awaiting", "keys", "pinning", "values", "telemetry", "words"}
+    ),
     frozenset({"sorted_map", "snapshot"}),
     frozenset({"operations", "protocols", "settings", "findings"}),
     frozenset({"coalesce"}),
@@ -52,7 +54,6 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "views",
             "current",
             "status",
-            "awaiting",
             "waiters",
             "client",
             "request_layers",
@@ -68,7 +69,13 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
 
 # What the integrations, cli and admin may import from the core: names in the `__all__` of these.
 PUBLIC: Final = frozenset(
-    {CORE, *(f"{CORE}.{name}" for name in ("asgi", "wsgi", "request_layers", "testing", "diagnosis", "words", "cli"))}
+    {
+        CORE,
+        *(
+            f"{CORE}.{name}"
+            for name in ("asgi", "wsgi", "coalesce", "request_layers", "testing", "diagnosis", "words", "cli")
+        ),
+    }
 )
 USERS: Final = (f"{CORE}.cli", f"{CORE}.admin", "flask_veltrix", "django_veltrix", "starlette_veltrix")
 

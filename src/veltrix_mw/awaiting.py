@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
-__all__ = ["awaited", "in_thread"]
+__all__ = ["awaited", "in_thread", "running_trio"]
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ async def awaited(future: Future[None], timeout_s: float) -> bool:
     """Whether `future` was done in time. On a loop that is neither asyncio's nor trio's it does not wait."""
     if future.done():
         return True
-    trio = _trio()
+    trio = running_trio()
     if trio is not None:
         # The thread ends by itself, so a cancelled request may leave it behind.
         await trio.to_thread.run_sync(_waited, future, timeout_s, abandon_on_cancel=True)
@@ -57,7 +57,7 @@ def _waited(future: Future[None], timeout_s: float) -> None:
 
 async def in_thread(call: Callable[[], T]) -> T:
     """`call()`, off the event loop: asyncio's or trio's. On any other loop there is no thread to go to."""
-    trio = _trio()
+    trio = running_trio()
     if trio is not None:
         result: T = await trio.to_thread.run_sync(call)
         return result
@@ -70,7 +70,7 @@ async def in_thread(call: Callable[[], T]) -> T:
     return await asyncio.to_thread(call)
 
 
-def _trio() -> Any:
+def running_trio() -> Any:
     """The trio package, if it runs the calling task; it is never imported here."""
     trio = sys.modules.get("trio")
     return trio if trio is not None and trio.lowlevel.in_trio_run() else None

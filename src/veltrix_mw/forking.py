@@ -1,4 +1,4 @@
-"""Forks: what comes to rest before one, and goes on after it, in an order.
+"""Forks: what comes to rest before one, and goes on after it, in an order; and what begins anew in a child.
 
 Owns the order alone. `os.register_at_fork` runs its hooks by who was imported last, which is no order: a follower
 must come to rest before the store that it calls is closed, or each waits for the other.
@@ -10,9 +10,10 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
+from weakref import WeakSet
 
-__all__ = ["FOLLOWERS", "STORES", "around_forks"]
+__all__ = ["FOLLOWERS", "STORES", "anew_after_fork", "around_forks"]
 
 _log = logging.getLogger("veltrix_mw")
 
@@ -45,6 +46,20 @@ def around_forks(
     _hooks.sort(key=lambda hooks: hooks.order)
 
 
+class Forked(Protocol):
+    """What a forked child finds in the middle of something: a lock that is held, a thread that stayed in the parent."""
+
+    def _after_fork(self) -> None: ...
+
+
+_anew: WeakSet[Forked] = WeakSet()
+
+
+def anew_after_fork(thing: Forked) -> None:
+    """Call `thing._after_fork()` in each forked child, before any hook of `around_forks`; keeps it not alive."""
+    _anew.add(thing)
+
+
 _forking = threading.RLock()  # held from `before` to `after`: two threads that fork at once would mix what they hold
 
 
@@ -63,6 +78,8 @@ def _after_in_parent() -> None:
 def _after_in_child() -> None:
     global _forking
     _forking = threading.RLock()
+    for thing in list(_anew):
+        _run(thing._after_fork)
     for hooks in reversed(_hooks):
         _run(hooks.after_in_child)
 

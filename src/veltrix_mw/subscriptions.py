@@ -6,12 +6,11 @@ Owns their threads and what each has not heard yet; knows nothing of how changes
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from weakref import WeakSet
 
 from veltrix_mw.faults import told
+from veltrix_mw.forking import anew_after_fork
 from veltrix_mw.snapshot import Change, Entry, Snapshot
 from veltrix_mw.sorted_map import Item
 from veltrix_mw.values import MISSING, Missing
@@ -170,7 +169,7 @@ class Subscriptions:
         self._lock = threading.Lock()  # protects what follows
         self._all: tuple[_Subscription, ...] = ()
         self._newest: Snapshot | None = None
-        _every.add(self)
+        anew_after_fork(self)
 
     def add(self, prefix: str, callback: Callback, snapshot: Snapshot) -> Callable[[], None]:
         """Call `callback` for changes below `prefix` from `snapshot` on; returns the function that ends it.
@@ -224,14 +223,3 @@ def _is_older(one: Snapshot, other: Snapshot) -> bool:
     if one.incarnation == other.incarnation:
         return one.revision < other.revision
     return one.origin == "none"
-
-
-_every: WeakSet[Subscriptions] = WeakSet()
-
-
-def _forked() -> None:
-    for subscriptions in list(_every):
-        subscriptions._after_fork()
-
-
-os.register_at_fork(after_in_child=_forked)

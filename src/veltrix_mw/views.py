@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from veltrix_mw.coalesce.single_flight import SingleFlight
+from veltrix_mw.coalesce.inline_flight import InlineFlight
 from veltrix_mw.deriving import DerivedCache
 from veltrix_mw.errors import InvalidKey
 from veltrix_mw.keys import check_key, check_prefix
@@ -61,7 +61,7 @@ class Views:
         self.trouble = trouble
         self.ensure_running = ensure_running
         self.derived = DerivedCache()
-        self.flights = SingleFlight()
+        self.flights = InlineFlight()
         self.made = 0  # views given out
         self.dropped = 0  # invalid layers of requests that were dropped
         self._layered: OrderedDict[tuple[str, ...], View] = OrderedDict()
@@ -86,7 +86,7 @@ class Views:
         """Make the locks anew in a forked child: another thread of the parent may have held them."""
         self._lock = threading.Lock()
         self.derived = DerivedCache()
-        self.flights = SingleFlight()
+        self.flights = InlineFlight()
 
     def override(self) -> None:
         """Take up the process's overrides as they are now."""
