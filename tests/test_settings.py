@@ -174,6 +174,26 @@ def test_hosts_may_be_ipv6_addresses_in_brackets() -> None:
     assert parse_url("redis://u:p@[::1]:7000?namespace=shop").hosts == (("::1", 7000),)
 
 
+def test_sentinels_are_named_with_what_they_call_the_primary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SENTINEL_PASSWORD", "spw")
+    options = "namespace=shop&sentinel_user=watch&sentinel_password_env=SENTINEL_PASSWORD&wait_replicas=1"
+    parsed = parse_url(f"redis+sentinel://ann:pw@s1,s2:7000/my.master-1/3?{options}")
+    assert parsed == StoreUrl(
+        "redis+sentinel", "my.master-1", "shop", {"wait_replicas": 1}, (("s1", 26379), ("s2", 7000)), 3,
+        "ann", "pw", "watch", "spw",
+    )  # fmt: skip
+    assert parse_url("rediss+sentinel://s1/m?namespace=shop") == parse_url("rediss+sentinel://s1/m/0/?namespace=shop")
+    assert parse_url("rediss+sentinel://s1/m?namespace=shop").tls
+
+
+def test_a_cluster_is_some_of_its_nodes() -> None:
+    parsed = parse_url("redis+cluster://h1:7001,h2?namespace=shop")
+    assert parsed == StoreUrl("redis+cluster", "", "shop", {}, (("h1", 7001), ("h2", 6379)))
+    assert parse_url("redis+cluster://h1:7001,h2/0?namespace=shop") == parsed
+    assert (parsed.is_redis, parsed.tls) == (True, False)
+    assert parse_url("rediss+cluster://h1?namespace=shop").tls
+
+
 @pytest.mark.parametrize("scheme", ["etcd", "redis"])
 def test_user_and_password_are_read_wherever_they_stand(scheme: str) -> None:
     environ = {"SHOP_USER": "ann", "SHOP_PASSWORD": f"{SECRET}/@+ é\r\n"}
@@ -228,6 +248,11 @@ def test_etcd_reads_data_that_is_there_already() -> None:
         (f"etcd://ann:{SECRET}@h1,[::1]:23/shop/eu?timeout_s=1&values=text", "etcd://h1:2379,[::1]:23/shop/eu"),
         (f"rediss://:{SECRET}@h1?namespace=shop&ca=/ca.pem", "rediss://h1:6379/0?namespace=shop"),
         (f"redis://h1/2?namespace=shop&user=ann&password={SECRET}", "redis://h1:6379/2?namespace=shop"),
+        (
+            f"redis+sentinel://ann:{SECRET}@s1,[::1]:7/m/2?namespace=shop&sentinel_user=bob&sentinel_password={SECRET}",
+            "redis+sentinel://s1:26379,[::1]:7/m/2?namespace=shop",
+        ),
+        (f"rediss+cluster://:{SECRET}@h1,h2:7?namespace=shop", "rediss+cluster://h1:6379,h2:7?namespace=shop"),
         ("sqlite:////srv/a%20b.db?timeout_s=1", "sqlite:////srv/a%20b.db"),
         ("sqlite:////srv/x.db?namespace=shop", "sqlite:////srv/x.db?namespace=shop"),
         ("memory://my%20shop", "memory://my%20shop"),
@@ -275,8 +300,23 @@ def test_a_url_can_be_shown_without_its_secrets(url: str, redacted: str) -> None
         ("redis://h1/shop", "the path of a redis:// URL is the number of a database: redis://h1:6379/0?namespace=shop"),
         ("redis://h1/-1?namespace=shop", "is the number of a database"),
         ("redis://h1,h2?namespace=shop", "a redis:// URL names one host, for example redis://h1:6379/0?namespace=shop"),
-        ("redis+sentinel://s1,s2/m/0", "redis+sentinel:// comes with the next release; this one knows etcd://"),
-        ("rediss+cluster://h1:1,h2:2", "rediss+cluster:// comes with the next release"),
+        ("redis://h1,h2?namespace=shop", "redis+sentinel:// and redis+cluster:// name several"),
+        ("redis+sentinel://s1,s2/m/0", "the redis+sentinel:// URL names no namespace"),
+        ("redis+sentinel://s1,s2?namespace=shop", "is what the sentinels call the primary, then the number of a"),
+        ("redis+sentinel://s1,s2/a%20b/0?namespace=shop", "is what the sentinels call the primary"),
+        ("redis+sentinel://s1/m/shop?namespace=shop", "the end of the path of a redis+sentinel:// URL is the number"),
+        ("redis+sentinel://s1/m/0/1?namespace=shop", "the end of the path of a redis+sentinel:// URL is the number"),
+        ("redis+sentinel://s1,S1/m?namespace=shop", "a host stands twice in the redis+sentinel:// URL"),
+        ("redis+sentinel://s1/m?namespace=shop&sentinel_user=a", "gives a sentinel_user without a password"),
+        ("redis+sentinel://s1/m?namespace=shop&sentinel_password_env=NO_SUCH", "names NO_SUCH, which is not set"),
+        ("redis+sentinel://s1/m?namespace=shop&ca=x", "ca is an option of rediss+sentinel://, which speaks TLS"),
+        ("redis://h1?namespace=shop&sentinel_user=a", "a redis:// URL has no option 'sentinel_user'"),
+        ("rediss+cluster://h1:1,h2:2", "the rediss+cluster:// URL names no namespace"),
+        ("redis+cluster://h1/3?namespace=shop", "a Redis Cluster has one database, 0: leave the path out"),
+        ("redis+cluster://h1/shop?namespace=shop", "the path of a redis+cluster:// URL is the number of a database"),
+        ("redis+cluster://h1?namespace=shop&cert=x", "cert is an option of rediss+cluster://"),
+        ("redis://h1?namespace=shop&wait_timeout_s=1", "wait_timeout_s in the redis:// URL wants wait_replicas too"),
+        ("redis://h1?namespace=shop&wait_replicas=0", "wait_replicas in the redis:// URL must be a positive whole"),
         ("redis+tls://h1", "'redis+tls' is not a store that this version knows"),
         ("etcd3://h1/shop", "did you mean etcd"),
         ("etcd://h1/shop?transport=grpc", "the option transport of etcd:// comes with the next release; leave it out"),
@@ -330,11 +370,11 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
     [
         (
             "",
-            "begins with one of etcd://, etcds://, memory://, redis://, rediss://, sqlite://, for example sqlite:///config.db",
+            "redis+sentinel://, rediss://, rediss+cluster://, rediss+sentinel://, sqlite://, for example sqlite:///config.db",
         ),
-        ("config.db", "begins with one of etcd://, etcds://, memory://, redis://, rediss://, sqlite://"),
-        ("/srv/config.db", "begins with one of etcd://, etcds://, memory://, redis://, rediss://, sqlite://"),
-        ("//srv/config.db", "begins with one of etcd://, etcds://, memory://, redis://, rediss://, sqlite://"),
+        ("config.db", "begins with one of etcd://, etcds://, memory://, redis://"),
+        ("/srv/config.db", "begins with one of etcd://, etcds://, memory://, redis://"),
+        ("//srv/config.db", "begins with one of etcd://, etcds://, memory://, redis://"),
         ("sqlit:///x.db", "did you mean sqlite://?"),
         ("sqlite3:///x.db", "did you mean sqlite://?"),
         (
@@ -399,6 +439,9 @@ def test_what_is_no_str_is_refused_by_its_type(url: Any) -> None:
         f"redis://{SECRET}:x?namespace=shop",
         f"redis://:{SECRET}@h1/0",
         f"redis+sentinel://:{SECRET}@s1,[::1]/m",
+        f"redis+sentinel://s1/{SECRET}{SECRET * 20}?namespace=shop",
+        f"redis+sentinel://s1/m?namespace=shop&sentinel_user={SECRET}",
+        f"redis+cluster://:{SECRET}@h1",
         f"user:{SECRET}@host",
         f"sqlite:///x.db?password={SECRET}",
         f"sqlite:///x.db?timeout_s={SECRET}",
@@ -424,7 +467,8 @@ def test_any_text_is_a_url_or_a_settings_error(text: str) -> None:
 @given(st.text(max_size=30))
 def test_any_text_is_a_server_s_url_or_a_settings_error(text: str) -> None:
     for url in (
-        *(f"{scheme}://{text}" for scheme in ("etcd", "rediss")),
+        *(f"{scheme}://{text}" for scheme in ("etcd", "rediss", "redis+sentinel", "redis+cluster")),
+        *(f"redis+sentinel://s1/{text}?namespace=shop", f"redis+cluster://h1/{text}?namespace=shop"),
         *(f"etcd://{text}/shop", f"redis://h1/{text}?namespace=shop", f"etcds://h1/shop?{text}"),
         *(f"etcd://ann:{text}@h1/shop", f"redis://h1?namespace=shop&password={text}"),
     ):

@@ -79,8 +79,8 @@ class ConfigClient:
 
     Args:
         url: the authority: `etcd://h1:2379,h2:2379,h3:2379/shop` (`etcds://` with TLS), `redis://h:6379/0?namespace=shop`
-            (`rediss://`), `sqlite:///file.db` (embedded), `memory://` or `memory://name` (this process), or a store
-            object; default `$VELTRIX_URL`.
+            (`rediss://`; also `redis+sentinel://`, `redis+cluster://`), `sqlite:///file.db` (embedded), `memory://` or
+            `memory://name` (this process), or a store object; default `$VELTRIX_URL`.
         mirror: a Redis that holds a copy of the authority, for workers to follow: `redis://h:6379/0`, or a mirror
             object; default `$VELTRIX_MIRROR_URL`, else none; "" for none whatever that says.
         namespace: the namespace, if the URL does not name it.

@@ -133,7 +133,7 @@ def _parsed_mirror(url: str, authority: StoreUrl | None) -> tuple[StoreUrl | Non
     try:
         own = _own_namespace(url)
         parsed = parse_url(url, namespace=own or given or "unknown")
-        if parsed.scheme not in {"redis", "rediss"}:
+        if not parsed.is_redis:
             raise SettingsError(f"a mirror is a Redis, for example redis://h4:6379/0; not {parsed.scheme}://")
     except SettingsError as exc:
         return None, fail(str(exc)), unsaid

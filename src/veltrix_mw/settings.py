@@ -30,7 +30,8 @@ _COMMON: Final = frozenset({"namespace"})
 _LOGIN: Final = frozenset({"user", "password", "user_env", "password_env"})
 _TLS: Final = frozenset({"ca", "cert", "key"})
 _ETCD: Final = _LOGIN | {"timeout_s", "prefix", "values"}
-_REDIS: Final = _COMMON | _LOGIN | {"timeout_s", "keep_revisions", "keep_bytes"}
+_REDIS: Final = _COMMON | _LOGIN | {"timeout_s", "keep_revisions", "keep_bytes", "wait_replicas", "wait_timeout_s"}
+_SENTINEL: Final = _REDIS | {f"sentinel_{name}" for name in _LOGIN}
 _OPTIONS: Final[Mapping[str, frozenset[str]]] = {
     "memory": _COMMON | {"keep_revisions", "keep_bytes"},
     "sqlite": _COMMON | {"timeout_s", "keep_revisions", "keep_bytes"},
@@ -38,6 +39,10 @@ _OPTIONS: Final[Mapping[str, frozenset[str]]] = {
     "etcds": _ETCD | _TLS,
     "redis": _REDIS,
     "rediss": _REDIS | _TLS,
+    "redis+sentinel": _SENTINEL,
+    "rediss+sentinel": _SENTINEL | _TLS,
+    "redis+cluster": _REDIS,
+    "rediss+cluster": _REDIS | _TLS,
 }
 _EXAMPLES: Final[Mapping[str, str]] = {
     "memory": "memory://shop",
@@ -46,9 +51,30 @@ _EXAMPLES: Final[Mapping[str, str]] = {
     "etcds": "etcds://h1:2379,h2:2379,h3:2379/shop",
     "redis": "redis://h1:6379/0?namespace=shop",
     "rediss": "rediss://h1:6379/0?namespace=shop",
+    "redis+sentinel": "redis+sentinel://s1:26379,s2:26379,s3:26379/mymaster/0?namespace=shop",
+    "rediss+sentinel": "rediss+sentinel://s1:26379,s2:26379,s3:26379/mymaster/0?namespace=shop",
+    "redis+cluster": "redis+cluster://h1:6379,h2:6379?namespace=shop",
+    "rediss+cluster": "rediss+cluster://h1:6379,h2:6379?namespace=shop",
 }
-_PORTS: Final[Mapping[str, int]] = {"etcd": 2379, "etcds": 2379, "redis": 6379, "rediss": 6379}
-_SERVER: Final = re.compile(r"(etcds?|rediss?)://([^/?#]*)([^?#]*)(?:\?([^#]*))?", re.IGNORECASE)
+_PORTS: Final[Mapping[str, int]] = {
+    "etcd": 2379,
+    "etcds": 2379,
+    "redis": 6379,
+    "rediss": 6379,
+    "redis+sentinel": 26379,
+    "rediss+sentinel": 26379,
+    "redis+cluster": 6379,
+    "rediss+cluster": 6379,
+}
+_SECURE: Final[Mapping[str, str]] = {
+    "etcd": "etcds",
+    "redis": "rediss",
+    "redis+sentinel": "rediss+sentinel",
+    "redis+cluster": "rediss+cluster",
+}
+_SERVER: Final = re.compile(
+    r"(etcds?|rediss?(?:\+(?:sentinel|cluster))?)://([^/?#]*)([^?#]*)(?:\?([^#]*))?", re.IGNORECASE
+)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?|\.[0-9]{1,18}")  # 18 digits: whole numbers fit into 64 bits
 _HOST: Final = re.compile(
@@ -56,14 +82,15 @@ _HOST: Final = re.compile(
 )
 _VARIABLE: Final = re.compile(r"[A-Z_][A-Z0-9_]*")
 _DECIMAL: Final = re.compile(r"[0-9]{1,5}")
-_LATER: Final = frozenset(f"{scheme}+{kind}" for scheme in ("redis", "rediss") for kind in ("sentinel", "cluster"))
+_PRIMARY: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")  # what Sentinel itself takes for a name
 _LATER_OPTIONS: Final[Mapping[str, frozenset[str]]] = {
     "etcd": frozenset({"transport", "discover"}),
     "etcds": frozenset({"transport", "discover"}),
 }
-_FLOATS: Final = frozenset({"timeout_s"})
-_WHOLE: Final = frozenset({"keep_revisions", "keep_bytes"})
+_FLOATS: Final = frozenset({"timeout_s", "wait_timeout_s"})
+_WHOLE: Final = frozenset({"keep_revisions", "keep_bytes", "wait_replicas"})
 _ETCD_SCHEMES: Final = frozenset({"etcd", "etcds"})
+_ONE_HOST: Final = frozenset({"redis", "rediss"})
 _BOOKKEEPING: Final = ".veltrix/"
 
 
@@ -71,9 +98,10 @@ _BOOKKEEPING: Final = ".veltrix/"
 class StoreUrl:
     """One store's URL, taken apart and checked.
 
-    `name` is the path of a file (absolute) or the name of a shared in-memory store, empty for a server; `hosts` are the
-    servers' (host, port), `db` the number of a Redis database. `options` are what else the query gave: numbers with
-    their units in their names, names of files (absolute), `prefix`, `values`.
+    `name` is the path of a file (absolute), the name of a shared in-memory store, or what sentinels call the primary,
+    and empty for other servers; `hosts` are the servers' (host, port), of sentinels where they are asked, `db` the
+    number of a Redis database. `options` are what else the query gave: numbers with their units in their names, names
+    of files (absolute), `prefix`, `values`.
     """
 
     scheme: str
@@ -84,11 +112,18 @@ class StoreUrl:
     db: int = 0
     user: str | None = field(default=None, repr=False)
     password: str | None = field(default=None, repr=False)
+    sentinel_user: str | None = field(default=None, repr=False)
+    sentinel_password: str | None = field(default=None, repr=False)
 
     @property
     def tls(self) -> bool:
         """Whether its servers are spoken to over TLS."""
-        return self.scheme in {"etcds", "rediss"}
+        return self.scheme in _SECURE.values()
+
+    @property
+    def is_redis(self) -> bool:
+        """Whether it is a Redis, in whichever topology: what can be a mirror."""
+        return self.scheme.startswith("redis")
 
     @property
     def redacted(self) -> str:
@@ -97,7 +132,12 @@ class StoreUrl:
         namespace = quote(self.namespace)
         if self.scheme in _ETCD_SCHEMES:
             return f"{self.scheme}://{servers}/{namespace}"
-        where = f"{servers}/{self.db}" if self.hosts else quote(os.fsencode(self.name))
+        if self.scheme.endswith("+cluster"):
+            where = servers
+        elif self.hosts:
+            where = f"{servers}/{self.name}/{self.db}" if self.name else f"{servers}/{self.db}"
+        else:
+            where = quote(os.fsencode(self.name))
         slash = "/" if self.scheme == "sqlite" else ""
         query = f"?namespace={namespace}" if self.hosts or self.namespace != DEFAULT_NAMESPACE else ""
         return f"{self.scheme}://{slash}{where}{query}"
@@ -185,8 +225,6 @@ def _unknown_scheme(scheme: str) -> str:
     known = ", ".join(f"{name}://" for name in sorted(_OPTIONS))
     if not scheme:
         return f"a config URL begins with one of {known}, for example sqlite:///config.db"
-    if scheme in _LATER:
-        return f"{scheme}:// comes with the next release; this one knows {known}"
     close = get_close_matches(scheme, _OPTIONS, n=1)
     hint = f"; did you mean {close[0]}://?" if close else ""
     return f"{scheme!r} is not a store that this version knows ({known}){hint}"
@@ -207,8 +245,8 @@ def _query(scheme: str, parts: SplitResult) -> dict[str, str]:
     for name in query:
         if name in _LATER_OPTIONS.get(scheme, ()):
             raise SettingsError(f"the option {name} of {scheme}:// comes with the next release; leave it out")
-        if name in _TLS and f"{scheme}s" in _OPTIONS:
-            raise SettingsError(f"{name} is an option of {scheme}s://, which speaks TLS; {scheme}:// does not")
+        if name in _TLS and scheme in _SECURE:
+            raise SettingsError(f"{name} is an option of {_SECURE[scheme]}://, which speaks TLS; {scheme}:// does not")
         if name == "namespace" and scheme in _ETCD_SCHEMES:
             raise SettingsError(f"the namespace of an {scheme}:// URL is its path: {_EXAMPLES[scheme]}")
         if name not in allowed:
@@ -280,27 +318,51 @@ def _server(parts: SplitResult, given: str | None, environ: Mapping[str, str]) -
     query = _query(scheme, parts)
     user, password = _login(scheme, login, query, environ)
     path = _decoded(parts.path.removeprefix("/").removesuffix("/"))
-    db = 0
+    name, db = "", 0
     if scheme in _ETCD_SCHEMES:
         named = path or None
     else:
-        named, db = query.pop("namespace", None), _database(scheme, path)
-        if len(hosts) > 1:
-            raise SettingsError(f"a {scheme}:// URL names one host, for example {_EXAMPLES[scheme]}")
+        named = query.pop("namespace", None)
+        name, db = _place(scheme, path)
+        if len(hosts) > 1 and scheme in _ONE_HOST:
+            plus = f"{scheme}+sentinel:// and {scheme}+cluster:// name several"
+            raise SettingsError(f"a {scheme}:// URL names one host, for example {_EXAMPLES[scheme]}; {plus}")
+    of_sentinels = _sentinels_login(scheme, query, environ)
     namespace = _agreed(scheme, named, given)
     if namespace is None:
         raise SettingsError(f"the {scheme}:// URL names no namespace, which has no default: {_EXAMPLES[scheme]}")
     options = {name: _option(scheme, name, text) for name, text in query.items()}
     if "key" in options and "cert" not in options:
         raise SettingsError(f"key in the {scheme}:// URL wants cert too, the certificate that it belongs to")
-    return StoreUrl(scheme, "", check_namespace(namespace), options, hosts, db, user, password)
+    if "wait_timeout_s" in options and "wait_replicas" not in options:
+        raise SettingsError(
+            f"wait_timeout_s in the {scheme}:// URL wants wait_replicas too, how many replicas a write waits for"
+        )
+    return StoreUrl(scheme, name, check_namespace(namespace), options, hosts, db, user, password, *of_sentinels)
+
+
+def _place(scheme: str, path: str) -> tuple[str, int]:
+    """What the path says: how sentinels call the primary, and the number of the database."""
+    if scheme.endswith("+sentinel"):
+        name, _, number = path.partition("/")
+        if _PRIMARY.fullmatch(name) is None:
+            raise SettingsError(
+                f"the path of a {scheme}:// URL is what the sentinels call the primary, then the number of a database: "
+                f"{_EXAMPLES[scheme]}"
+            )
+        return name, _database(scheme, number)
+    db = _database(scheme, path)
+    if db and scheme.endswith("+cluster"):
+        raise SettingsError(f"a Redis Cluster has one database, 0: leave the path out, {_EXAMPLES[scheme]}")
+    return "", db
 
 
 def _database(scheme: str, path: str) -> int:
     if not path:
         return 0
     if _DECIMAL.fullmatch(path) is None:
-        raise SettingsError(f"the path of a {scheme}:// URL is the number of a database: {_EXAMPLES[scheme]}")
+        last = "end of the path" if scheme.endswith("+sentinel") else "path"
+        raise SettingsError(f"the {last} of a {scheme}:// URL is the number of a database: {_EXAMPLES[scheme]}")
     return int(path)
 
 
@@ -340,6 +402,17 @@ def _login(
         )
     if password and not user and scheme in _ETCD_SCHEMES:
         raise SettingsError(f"the {scheme}:// URL gives a password without a user; etcd wants both: USER:PASSWORD@")
+    return user or None, password or None
+
+
+def _sentinels_login(scheme: str, query: dict[str, str], environ: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """User and password for the sentinels. Taken out of `query`."""
+    user = _credential(scheme, "sentinel_user", "", query, environ)
+    password = _credential(scheme, "sentinel_password", "", query, environ)
+    if user and not password:
+        raise SettingsError(
+            f"the {scheme}:// URL gives a sentinel_user without a password; add ?sentinel_password_env=NAME"
+        )
     return user or None, password or None
 
 

@@ -721,6 +721,9 @@ class StoreContract:
     )
     @given(data=st.data())
     def test_it_behaves_like_a_list_of_dicts(self, harness: Harness, data: st.DataObject) -> None:
+        self.check_against_a_model(harness, data)
+
+    def check_against_a_model(self, harness: Harness, data: st.DataObject) -> None:
         harness.renamed()
         store = harness.make()
         try:

@@ -16,7 +16,7 @@ import pytest
 from tests.stores.contract import WITHIN_S, Harness, SharedStoreContract, entries, here, put
 from tests.stores.test_etcd import EtcdHarness, Servers
 from tests.stores.test_sqlite import SqliteHarness
-from tests.support.redis_servers import RedisServer, redis_server
+from tests.support.redis_servers import RedisServer, RedisSet, redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw.errors import Compacted, StoreError, StoreUnavailable
 from veltrix_mw.protocols import (
@@ -33,8 +33,10 @@ from veltrix_mw.protocols import (
 )
 from veltrix_mw.relay import Relay
 from veltrix_mw.relay_thread import RelayThread
+from veltrix_mw.settings import parse_url
 from veltrix_mw.stores.etcd import EtcdStore
 from veltrix_mw.stores.mirrored import MirroredStore
+from veltrix_mw.stores.opening import open_mirror
 from veltrix_mw.stores.redis_layout import Names
 from veltrix_mw.stores.redis_mirror import RedisMirror
 from veltrix_mw.stores.sqlite import SqliteStore
@@ -116,14 +118,14 @@ class Moving:
         self._watch.close()
 
 
-def open_on_etcd(*, redis_port: int, **options: Any) -> CaughtUp:
+def open_on_etcd(*, mirror: str, **options: Any) -> CaughtUp:
     """For a job's process: its hosts came as JSON."""
     hosts = [(host, port) for host, port in options.pop("hosts")]
-    return CaughtUp(EtcdStore(hosts, **options), RedisMirror("127.0.0.1", redis_port, namespace=options["namespace"]))
+    return CaughtUp(EtcdStore(hosts, **options), open_mirror(parse_url(mirror, namespace=options["namespace"])))
 
 
-def open_on_sqlite(*, redis_port: int, **options: Any) -> CaughtUp:
-    return CaughtUp(SqliteStore(**options), RedisMirror("127.0.0.1", redis_port, namespace=options["namespace"]))
+def open_on_sqlite(*, mirror: str, **options: Any) -> CaughtUp:
+    return CaughtUp(SqliteStore(**options), open_mirror(parse_url(mirror, namespace=options["namespace"])))
 
 
 class MirroredHarness(Harness):
@@ -133,7 +135,7 @@ class MirroredHarness(Harness):
     opening: str
     counts_by_prefix = False  # the relay here leaves nothing out, and a mirror has one count
 
-    def __init__(self, authority: Any, redis: RedisServer) -> None:
+    def __init__(self, authority: Any, redis: RedisSet) -> None:
         self._relays: dict[str, tuple[RelayThread, Store, RedisMirror]] = {}
         self._authority = authority
         self._redis = redis
@@ -144,7 +146,7 @@ class MirroredHarness(Harness):
         spec = self._authority.spec(**options)
         return {
             "store": f"tests.stores.test_mirrored:{self.opening}",
-            "options": {"redis_port": self._redis.port, **spec["options"]},
+            "options": {"mirror": self._redis.url, **spec["options"]},
         }
 
     def make(self, **options: Any) -> CaughtUp:
@@ -154,7 +156,7 @@ class MirroredHarness(Harness):
         return CaughtUp(self._authority.make(**options), self._mirror())
 
     def _mirror(self) -> RedisMirror:
-        return RedisMirror("127.0.0.1", self._redis.port, namespace=self.namespace)
+        return open_mirror(parse_url(self._redis.url, namespace=self.namespace))
 
     def _feed(self, lazy: tuple[str, ...]) -> None:
         authority, mirror = self._authority.make(lazy=lazy), self._mirror()
@@ -168,7 +170,8 @@ class MirroredHarness(Harness):
 
     def forget(self, oldest: int) -> None:
         self._authority.forget(oldest)
-        self._redis.run("XTRIM", Names(self.namespace).changes, "MINID", f"{oldest}-0")
+        changes = Names(self.namespace).changes
+        self._redis.owner_of(changes).run("XTRIM", changes, "MINID", f"{oldest}-0")
 
     def close(self) -> None:
         super().close()

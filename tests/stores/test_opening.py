@@ -12,6 +12,7 @@ from veltrix_mw.errors import SettingsError
 from veltrix_mw.protocols import Mirror, MirrorWriter, Store
 from veltrix_mw.settings import parse_url
 from veltrix_mw.stores.opening import open_mirror, open_store
+from veltrix_mw.stores.redis_routes import Nodes, Sentinels, slot_of
 
 SECRET = "hunter2"
 SERVER = {"namespace": "shop", "tls": True, "user": "ann", "password": "pw"}
@@ -70,12 +71,32 @@ def test_all_that_a_redis_url_says_reaches_the_store_and_the_mirror(monkeypatch:
     url = "rediss://ann:pw@h1:23/4?timeout_s=1.5&keep_revisions=7&ca=/ca&cert=/c&key=/k"
     options = {"ca": "/ca", "cert": "/c", "key": "/k", "timeout_s": 1.5, "keep_revisions": 7, "db": 4}
     lazy = {"lazy": ()} if kind == "store" else {}
-    assert _given(monkeypatch, cls, url, opening) == {
-        "place": ("h1", 23),
-        **SERVER,
-        **lazy,
-        **options,
-    }
+    given = _given(monkeypatch, cls, url, opening)
+    (route,) = given.pop("place")
+    assert (type(route).__name__, route.at) == ("Server", ("h1", 23))
+    assert given == {**SERVER, **lazy, **options}
+
+
+@pytest.mark.parametrize("opening", [open_store, open_mirror])
+def test_a_redis_url_says_how_its_server_is_found(opening: Any) -> None:
+    sentinels = opening(parse_url("redis+sentinel://s1,s2/m/4?sentinel_password=pw", namespace="shop"))
+    route = sentinels._link._route
+    assert isinstance(route, Sentinels)
+    assert (sorted(route._order), route._name, route.login) == ([("s1", 26379), ("s2", 26379)], "m", (None, "pw"))
+    assert (sentinels._link._db, sentinels.info.url) == (4, "redis+sentinel://s1:26379,s2:26379/m/4")
+    cluster = opening(parse_url("rediss+cluster://h1,h2:7", namespace="shop"))
+    route = cluster._link._route
+    assert isinstance(route, Nodes)
+    assert (sorted(route._order), route._slot) == ([("h1", 6379), ("h2", 7)], slot_of("shop"))
+    assert cluster.info.url == "rediss+cluster://h1:6379,h2:7"
+
+
+def test_how_many_replicas_a_write_waits_for_is_an_authority_s_option() -> None:
+    url = parse_url("redis+sentinel://s1/m?wait_replicas=2&wait_timeout_s=0.5", namespace="shop")
+    store: Any = open_store(url)
+    assert (store._wait_replicas, store._wait_timeout_s) == (2, 0.5)
+    with pytest.raises(SettingsError, match=r"wait_replicas in a redis\+sentinel:// URL is for an authority"):
+        open_mirror(url)
 
 
 def test_how_many_bytes_the_stream_keeps_is_a_mirror_s_option() -> None:

@@ -29,7 +29,7 @@ from tests.support.etcd_servers import etcd
 from tests.support.redis_servers import Certificates, RedisServer, redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw.errors import AuthFailed, Compacted, StoreError, StoreUnavailable
-from veltrix_mw.protocols import Listing, Position, RawOperation, Restored
+from veltrix_mw.protocols import ChangeRecord, Listing, Position, RawOperation, Restored
 from veltrix_mw.stores import dialing, redis_reading
 from veltrix_mw.stores.redis import RedisStore
 from veltrix_mw.stores.redis_mirror import RedisMirror
@@ -54,7 +54,7 @@ class RedisHarness(Harness):
         self._port = server.port
 
     def spec(self, **options: Any) -> dict[str, Any]:
-        options = {"host": "127.0.0.1", "port": self._port, "namespace": self.namespace, **options}
+        options = {"where": "127.0.0.1", "port": self._port, "namespace": self.namespace, **options}
         return {"store": "veltrix_mw.stores.redis:RedisStore", "options": options}
 
     def make(self, **options: Any) -> RedisStore:
@@ -341,6 +341,36 @@ def test_a_replica_takes_no_write(server: RedisServer, open_store: OpenStore) ->
             put(store, "a", b"1")
         put(open_store(server), "a", b"1")
         wait_until(lambda: entries(store), WITHIN_S, reason="the replica to have it")
+
+
+def test_a_write_is_acknowledged_once_enough_replicas_have_it(server: RedisServer, open_store: OpenStore) -> None:
+    store = open_store(server, wait_replicas=1, wait_timeout_s=0.2)
+    with pytest.raises(StoreUnavailable, match=r"revision 1 was written .* only 0 of 1 replicas .* read again before"):
+        put(store, "a", b"1")
+    assert entries(store) == {"a": (b"1", 1)}
+    with redis_server("--replicaof", "127.0.0.1", str(server.port)) as replica:
+        wait_until(lambda: replica.run("EXISTS", "veltrix:{default}:entries"), WITHIN_S, reason="the replica to follow")
+        slow = open_store(server, wait_replicas=1, wait_timeout_s=WITHIN_S)
+        put(slow, "a", b"2")
+        assert replica.run("HGET", "veltrix:{default}:entries", "a") == b"2 2"
+        replica.stop()
+        try:
+            with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
+                put(store, "a", b"3")
+            # The call's own deadline is the end of waiting, too.
+            with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
+                slow.commit([RawOperation("a", b"4")], ChangeRecord(), timeout_s=0.3)
+        finally:
+            replica.cont()
+
+
+def test_who_may_not_wait_for_replicas_is_told_before_anything_is_written(
+    server: RedisServer, open_store: OpenStore
+) -> None:
+    server.run("ACL", "SETUSER", "writer", "on", ">pw", *f"{WRITER} {READING} {WRITING}".split())
+    with pytest.raises(AuthFailed, match=r"lacks \+wait"):
+        put(open_store(server, user="writer", password="pw", wait_replicas=1), "a", b"1")
+    assert everything(server) == {}
 
 
 def test_a_full_server_takes_no_write_and_says_what_to_raise(server: RedisServer, open_store: OpenStore) -> None:

@@ -43,30 +43,34 @@ def open_store(url: StoreUrl, *, lazy: Sequence[str] = ()) -> Store:
                 from veltrix_mw.stores.etcd import EtcdStore
 
             return EtcdStore(url.hosts, **_server(url), lazy=lazy, **options)
-        case "redis" | "rediss":
+        case _ if url.is_redis:
             with _driver(url, "redis", extra="redis"):
                 from veltrix_mw.stores.redis import RedisStore
+            from veltrix_mw.stores.redis_routes import route_of
 
             if "keep_bytes" in options:
                 raise SettingsError(
                     f"keep_bytes in a {url.scheme}:// URL is for a mirror; an authority takes keep_revisions"
                 )
-            ((host, port),) = url.hosts
-            return RedisStore(host, port, db=url.db, **_server(url), lazy=lazy, **options)
+            return RedisStore(route_of(url), db=url.db, **_server(url), lazy=lazy, **options)
         case _:
             raise AssertionError(f"parse_url let {url.scheme} pass")
 
 
 def open_mirror(url: StoreUrl) -> RedisMirror:
     """The mirror of `url`; nothing is connected or read before its first call. Raises `SettingsError`."""
-    if url.scheme not in {"redis", "rediss"}:
+    if not url.is_redis:
         raise SettingsError(f"a mirror is a Redis, for example redis://h4:6379/0; not {url.scheme}://")
     with _driver(url, "redis", extra="redis"):
         from veltrix_mw.stores.redis_mirror import RedisMirror
+    from veltrix_mw.stores.redis_routes import route_of
 
     options: dict[str, Any] = dict(url.options)
-    ((host, port),) = url.hosts
-    return RedisMirror(host, port, db=url.db, **_server(url), **options)
+    if "wait_replicas" in options:
+        raise SettingsError(
+            f"wait_replicas in a {url.scheme}:// URL is for an authority: what a mirror loses the relay brings again"
+        )
+    return RedisMirror(route_of(url), db=url.db, **_server(url), **options)
 
 
 def open_probe(url: StoreUrl, *, timeout_s: float) -> EtcdProbe | RedisProbe | SqliteProbe:
@@ -84,7 +88,7 @@ def open_probe(url: StoreUrl, *, timeout_s: float) -> EtcdProbe | RedisProbe | S
                 from veltrix_mw.stores.etcd_probe import EtcdProbe
 
             return EtcdProbe(url, timeout_s=timeout_s)
-        case "redis" | "rediss":
+        case _ if url.is_redis:
             with _driver(url, "redis", extra="redis"):
                 from veltrix_mw.stores.redis_probe import RedisProbe
 

@@ -10,6 +10,7 @@ stream also says what each key was before: the past is the present with the stre
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -42,6 +43,7 @@ from veltrix_mw.stores.redis_layout import (
 )
 from veltrix_mw.stores.redis_link import Connection, RedisLink
 from veltrix_mw.stores.redis_reading import Page, Reader, RedisWatch, Torn, entries_of
+from veltrix_mw.stores.redis_routes import Route, Server
 from veltrix_mw.values import MAX_VALUE_BYTES, MISSING, Missing
 
 __all__ = ["RedisStore"]
@@ -96,7 +98,7 @@ class RedisStore:
 
     def __init__(
         self,
-        host: str,
+        where: str | Route,
         port: int = 6379,
         *,
         db: int = 0,
@@ -110,16 +112,18 @@ class RedisStore:
         timeout_s: float = 2.0,
         keep_revisions: int = 10_000,
         lazy: Sequence[str] = (),
+        wait_replicas: int = 0,
+        wait_timeout_s: float = 1.0,
     ) -> None:
-        """Name the server; nothing is opened.
+        """Name the server, by its host or by how it is found; nothing is opened.
 
         `ca`, `cert` and `key` are PEM files; without `ca` the system's authorities are trusted. `timeout_s` is how long
         a watch waits for a server that does not answer. `keep_revisions` bounds the stream. `lazy` are the prefixes
-        that are left out wherever the namespace is listed, watched or counted.
+        that are left out wherever the namespace is listed, watched or counted. A write is acknowledged once
+        `wait_replicas` replicas have it, or fails after `wait_timeout_s`.
         """
         self._link = RedisLink(
-            host,
-            port,
+            Server(where, port) if isinstance(where, str) else where,
             db=db,
             namespace=namespace,
             tls=tls,
@@ -135,6 +139,8 @@ class RedisStore:
         self._timeout_s = timeout_s
         self._keep_revisions = keep_revisions
         self._lazy = outermost(lazy)
+        self._wait_replicas = wait_replicas
+        self._wait_timeout_s = wait_timeout_s
         limits = Limits(MAX_VALUE_BYTES, _MAX_OPERATIONS, _MAX_TRANSACTION_BYTES)
         self._info = StoreInfo("redis", self._link.url, namespace, limits, self._lazy)
         # How many eager entries there were at a position; replaced whole, so it needs no lock.
@@ -181,16 +187,33 @@ class RedisStore:
             gone = isinstance(operation.value, Missing)
             expected = "" if operation.expected is None else str(operation.expected)
             arguments += [operation.key, "-" if gone else "+", operation.value or b"", expected]
+        ends_s = time.monotonic() + timeout_s
         with self._link.session(timeout_s) as connection:
+            if self._wait_replicas:
+                connection.execute("WAIT", 0, 1)  # whoever may not wait is told so before anything is written
             said, *rest = connection.run(COMMIT, (self._names.entries, self._names.changes), arguments)
             if said == b"conflict":
                 operation, now = operations[int(rest[0])], rest[1]
                 value, revision = stored_of(operation.key.encode(), now) if now else (b"", 0)
                 check(operation, revision, lambda: value)
                 raise AssertionError(f"the script refused what holds: {operation.key}")
-        self._check_said(said, rest)
+            self._check_said(said, rest)
+            if self._wait_replicas:
+                self._await_replicas(connection, int(rest[0]), ends_s)
         self._rules.was_there = True
         return int(rest[0])
+
+    def _await_replicas(self, connection: Connection, revision: int, ends_s: float) -> None:
+        """Raise unless enough replicas have what was written."""
+        wanted = self._wait_replicas
+        # Half of what is left is for the answer: Redis looks whether the time is over now and then, not at once.
+        granted_s = min(self._wait_timeout_s, max(0.001, (ends_s - time.monotonic()) / 2))
+        found = connection.replicated(wanted, granted_s)
+        if found < wanted:
+            raise StoreUnavailable(
+                f"revision {revision} was written at {self._link.url}, and only {found} of {wanted} replicas confirmed "
+                f"it within {granted_s:g} s: it is seen, and a failover may lose it; read again before you write again"
+            )
 
     def read(self, keys: Sequence[str], revision: int | None, *, timeout_s: float) -> dict[str, Stored]:
         with self._link.session(timeout_s) as connection:

@@ -1,7 +1,8 @@
-"""The link to a Redis server: connections, deadlines, and what its errors mean.
+"""The link to a Redis: connections, deadlines, and what its errors mean.
 
 Owns sockets (also across a fork), authentication, TLS and the translation of errors; the only module that knows the
-driver. Knows nothing of revisions, nor of what a reply means.
+driver. Which server it is that a call goes to is the route's to say. Knows nothing of revisions, nor of what a reply
+means.
 
 Of redis-py the protocol is used, not the client: its client retries ten times by itself, and has a timeout for each
 read where a call needs one for the whole.
@@ -18,7 +19,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -29,9 +31,10 @@ from redis.connection import Connection as _DriverConnection
 from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
 from veltrix_mw.protocols import NotLetIn, NotPermitted, Silent
-from veltrix_mw.settings import shown
+from veltrix_mw.settings import Host, shown
 from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
+from veltrix_mw.stores.redis_routes import Guided, Question, Route, Server
 from veltrix_mw.stores.tls import Tls, Verdict, verdict_of
 
 __all__ = ["Command", "Connection", "RedisLink"]
@@ -40,9 +43,12 @@ Command = Sequence["str | bytes | int"]
 
 _MAX_IDLE: Final = 4  # connections kept for the next call: a follower and a few writers at once
 _FORK_WAIT_S: Final = 1.0  # the locks are held for microseconds
+_MOST_REDIRECTS: Final = 5  # of one call: a slot moves once, and may be on its way meanwhile
 _READ_BYTES: Final = 256 * 1024  # a listing is megabytes: the driver's own 64 KiB would be four times the calls
 
-_CODE: Final = re.compile(r"\b(OOM|NOPERM|READONLY|MISCONF|WRONGTYPE|NOAUTH|LOADING|MASTERDOWN|BUSY)\b")
+_CODE: Final = re.compile(
+    r"\b(OOM|NOPERM|READONLY|MISCONF|WRONGTYPE|NOAUTH|LOADING|MASTERDOWN|BUSY|UNBLOCKED|NOREPLICAS)\b"
+)
 _REFUSED_COMMAND: Final = re.compile(r"'([A-Za-z|]+)' command")
 _UNKNOWN_COMMAND: Final = re.compile(r"[Uu]nknown (?:Redis )?(?:sub)?command\b[^'`A-Za-z]*['`]?([A-Za-z]*)")
 
@@ -106,22 +112,64 @@ class _Wire(_DriverConnection):
         return self._given
 
 
+class _Channel:
+    """One socket to one server, and the driver's protocol over it."""
+
+    def __init__(self, host: Host, sock: _Socket, wire: _Wire) -> None:
+        self.host = host
+        self.sock = sock
+        self._wire: Any = wire  # what types-redis says of it is of an older driver
+
+    def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies to several commands, sent together; refusals are among them."""
+        self._wire.send_packed_command(self._wire.pack_commands(commands), check_health=False)
+        return [self._reply() for _ in commands]
+
+    def _reply(self) -> Any:
+        try:
+            return self._wire.read_response()
+        except errors.ResponseError as exc:
+            return exc
+
+    def shut_down(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass(frozen=True, slots=True)
+class _Onward:
+    """How a call is sent on to another server."""
+
+    dial: Callable[[Host, float], _Channel]
+    moved: Callable[[Host], None]
+
+
 class Connection:
     """One open connection to the server.
 
-    Used by one thread at a time, but for `shut_down`, which may come from another and ends what waits on it.
+    Used by one thread at a time, but for `shut_down`, which may come from another and ends what waits on it. In a
+    cluster it goes where the namespace's slot has moved to: what a node refuses with MOVED or ASK it has not done, so
+    that is sent on.
     """
 
-    def __init__(self, sock: _Socket, wire: _Wire) -> None:
-        self._sock = sock
-        self._wire: Any = wire  # what types-redis says of it is of an older driver
+    def __init__(self, channel: _Channel, *, onward: _Onward | None = None) -> None:
+        self._channel = channel
+        self._onward = onward
+        self._aside: _Channel | None = None  # to where the slot is on its way
+        self._last = channel  # what was exchanged last
         self.pid = os.getpid()
         self.is_sound = True  # no reply is outstanding
 
+    @property
+    def host(self) -> Host:
+        """Where it goes."""
+        return self._channel.host
+
     def end_by(self, deadline_s: float, *, patience_s: float = math.inf) -> None:
         """Let what follows wait until `deadline_s`, and never longer than `patience_s` for the next bytes."""
-        self._sock.deadline_s = deadline_s
-        self._sock.patience_s = patience_s
+        for channel in self._channels:
+            channel.sock.deadline_s = deadline_s
+            channel.sock.patience_s = patience_s
 
     def execute(self, *command: str | bytes | int) -> Any:
         """The reply to one command."""
@@ -130,8 +178,10 @@ class Connection:
     def pipeline(self, commands: Sequence[Command]) -> list[Any]:
         """The replies to several commands, sent together; raises the first error among them, once all were read."""
         self.is_sound = False
-        self._wire.send_packed_command(self._wire.pack_commands(commands), check_health=False)
-        replies = [self._reply() for _ in commands]
+        self._last = self._channel
+        replies = self._channel.exchange(commands)
+        if self._onward is not None:
+            self._send_on(self._onward, commands, replies)
         self.is_sound = True
         for reply in replies:
             if isinstance(reply, Exception):
@@ -170,46 +220,93 @@ class Connection:
             if "must be greater than 0-0" not in str(exc):
                 raise
 
-    def _reply(self) -> Any:
-        try:
-            return self._wire.read_response()
-        except errors.ResponseError as exc:
-            return exc
+    def replicated(self, replicas: int, timeout_s: float) -> int:
+        """How many replicas have what was sent last, waiting until `replicas` do or the time is over."""
+        (reply,) = self._last.exchange([("WAIT", replicas, max(1, round(timeout_s * 1000)))])
+        if isinstance(reply, Exception):
+            raise reply
+        return int(reply)
+
+    def _send_on(self, onward: _Onward, commands: Sequence[Command], replies: list[Any]) -> None:
+        """Replace refusals that name another node by what that answers."""
+        for _ in range(_MOST_REDIRECTS):
+            refused = [at for at, reply in enumerate(replies) if isinstance(reply, errors.AskError)]
+            if not refused:
+                return
+            told = next(
+                (replies[at] for at in refused if isinstance(replies[at], errors.MovedError)), replies[refused[0]]
+            )
+            again = [commands[at] for at in refused]
+            host = (self.host[0] if told.host in {"", "?"} else told.host), told.port
+            if isinstance(told, errors.MovedError):
+                self._go(onward, host)
+                answers = self._channel.exchange(again)
+            else:
+                answers = self._ask(onward, host, again)
+            for at, answer in zip(refused, answers, strict=True):
+                replies[at] = answer
+
+    def _go(self, onward: _Onward, host: Host) -> None:
+        """The slot has another owner: go there from here on."""
+        onward.moved(host)
+        left, self._channel = self._channel, self._dialed(onward, host)
+        self._last = self._channel
+        left.sock.close()
+
+    def _ask(self, onward: _Onward, host: Host, commands: Sequence[Command]) -> list[Any]:
+        """The slot is on its way, and what was asked for has left, or is not there yet: ask where it is going."""
+        aside = self._aside
+        if aside is None or aside.host != host:
+            if aside is not None:
+                aside.sock.close()
+            self._aside = aside = self._dialed(onward, host)
+        self._last = aside
+        return aside.exchange([each for command in commands for each in (("ASKING",), command)])[1::2]
+
+    def _dialed(self, onward: _Onward, host: Host) -> _Channel:
+        old = self._channel.sock
+        channel = onward.dial(host, old.deadline_s)
+        channel.sock.deadline_s, channel.sock.patience_s = old.deadline_s, old.patience_s
+        return channel
+
+    @property
+    def _channels(self) -> Sequence[_Channel]:
+        return (self._channel,) if self._aside is None else (self._channel, self._aside)
 
     def is_usable(self) -> bool:
         """Whether it can take another command: nothing is outstanding, and the server did not close it."""
         if not self.is_sound or self.pid != os.getpid():
             return False
         poll = select.poll()
-        poll.register(self._sock.fileno(), select.POLLIN)
+        poll.register(self._channel.sock.fileno(), select.POLLIN)
         return not poll.poll(0)
 
     def shut_down(self) -> None:
         """End it, from any thread: who waits on it raises."""
         if self.pid == os.getpid():
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
+            for channel in self._channels:
+                channel.shut_down()
 
     def close(self) -> None:
         self.shut_down()
-        self._sock.close()
+        self.abandon()
 
     def abandon(self) -> None:
         """Close this process's hold of a parent's socket; the parent's connection stays up."""
-        with contextlib.suppress(OSError):
-            self._sock.close()
+        for channel in self._channels:
+            with contextlib.suppress(OSError):
+                channel.sock.close()
 
 
 class RedisLink:
-    """The connections of this process to one server.
+    """The connections of this process to one server, the one that the route says.
 
     Thread-safe. No connection crosses a fork: a child closes its hold of the parent's and opens its own.
     """
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        route: Route,
         *,
         db: int,
         namespace: str,
@@ -219,10 +316,10 @@ class RedisLink:
         ca: str | None,
         cert: str | None,
         key: str | None,
+        is_guide: bool = False,
     ) -> None:
-        """Name the server; nothing is opened."""
-        self._host = host
-        self._port = port
+        """Name the server; nothing is opened. `is_guide`: it is asked where another one is, and for no key."""
+        self._route = route
         self._db = db
         self._names = Names(namespace)
         self._namespace = namespace
@@ -230,7 +327,10 @@ class RedisLink:
         self._tls = Tls(ca, cert, key) if tls else None
         self._user = user
         self._password = password
-        self.url = f"{'rediss' if tls else 'redis'}://{shown((host, port))}/{db}"
+        self._url = route.url("rediss" if tls else "redis", db)
+        self._is_guide = is_guide
+        self._onward = _Onward(self._connected, self._moved) if route.follows else None
+        self._guides: dict[Host, RedisLink] = {}  # to those who say where the server is
         self._begin_anew()
         with _links_lock:
             _links.add(self)
@@ -242,6 +342,14 @@ class RedisLink:
         self._idle: list[Connection] = []
         self._opened: set[Connection] = set()
         self._epoch = 0
+        self._current: Host | None = None  # where calls go
+        self._route.begin_anew()
+
+    @property
+    def url(self) -> str:
+        """The URL, and the server that it led to where it does not name that."""
+        at = self._route.at if isinstance(self._route, Guided) else None
+        return self._url if at is None else f"{self._url} ({shown(at)})"
 
     def abandon(self) -> None:
         """Begin anew in a child."""
@@ -258,6 +366,8 @@ class RedisLink:
             idle, self._idle = self._idle, []
         for connection in idle:
             self.shut(connection)
+        for guide in tuple(self._guides.values()):
+            guide.close()
 
     @contextlib.contextmanager
     def session(self, timeout_s: float) -> Iterator[Connection]:
@@ -274,13 +384,48 @@ class RedisLink:
     def open(self, deadline_s: float) -> Connection:
         """A connection of the caller's own, who shuts it with `shut`. To be called inside `translating`."""
         self._own()
-        sock = _Socket(self._dial(deadline_s))
+        return self._opened_to(self.look(deadline_s), deadline_s)
+
+    def look(self, deadline_s: float) -> Host:
+        """The server that calls go to. Who waits for another one, as that was until now, is broken off.
+
+        Asks whoever knows, by `deadline_s`, if nobody was asked for a while.
+        """
+        found = self._route.find(self._ask, deadline_s)
+        if found != self._current:
+            with self.lock:
+                self._current = found
+                left = [connection for connection in self._opened if connection.host != found]
+            for connection in left:
+                connection.shut_down()
+        return found
+
+    def _opened_to(self, server: Host, deadline_s: float) -> Connection:
+        channel = self._connected(server, deadline_s)
+        connection = Connection(channel, onward=self._onward)
+        try:
+            if self._password is None and not self._is_guide:
+                # A server that asks for a password hangs up on commands of more than ten words, and says nothing.
+                connection.execute("EXISTS", self._names.entries)
+            if self._route.asks_for_role and connection.execute("ROLE")[0] != b"master":
+                self._route.doubt()
+                raise StoreUnavailable(f"{self.url} is to be the primary, and is a replica yet or again; try again")
+        except BaseException:
+            connection.close()
+            raise
+        self._has_answered = True
+        with self.lock:
+            self._opened.add(connection)
+        return connection
+
+    def _connected(self, host: Host, deadline_s: float) -> _Channel:
+        sock = _Socket(self._dial(host, deadline_s))
         sock.deadline_s = deadline_s
         try:
             wire = _Wire(
                 sock,
-                host=self._host,
-                port=self._port,
+                host=host[0],
+                port=host[1],
                 db=self._db,
                 username=self._user,
                 password=self._password,
@@ -290,17 +435,30 @@ class RedisLink:
                 **({"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}),
             )
             wire.connect()  # type: ignore[no-untyped-call]
-            connection = Connection(sock, wire)
-            if self._password is None:
-                # A server that asks for a password hangs up on commands of more than ten words, and says nothing.
-                connection.execute("EXISTS", self._names.entries)
         except BaseException:
             sock.close()
             raise
-        self._has_answered = True
-        with self.lock:
-            self._opened.add(connection)
-        return connection
+        return _Channel(host, sock, wire)
+
+    def _moved(self, host: Host) -> None:
+        """The server named another one: who waits for the first is told so as well, and need not be broken off."""
+        self._route.moved(host)
+        self._current = host
+
+    def _ask(self, host: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:
+        route = self._route
+        assert isinstance(route, Guided)
+        guide = self._guides.get(host)
+        if guide is None:
+            user, password = (self._user, self._password) if route.login is None else route.login
+            files = self._tls or Tls()
+            guide = RedisLink(
+                Server(*host, called=route.called(host)), db=0, namespace=self._namespace, tls=self._tls is not None,
+                user=user, password=password, ca=files.ca, cert=files.cert, key=files.key, is_guide=True,
+            )  # fmt: skip
+            guide = self._guides.setdefault(host, guide)
+        with guide.session(deadline_s - time.monotonic()) as connection:
+            return connection.pipeline(questions)
 
     def shut(self, connection: Connection) -> None:
         """Close a connection that was opened here."""
@@ -318,7 +476,10 @@ class RedisLink:
         except (errors.RedisError, OSError, ssl.SSLError) as exc:
             # From None: a server quotes what it was sent, values included.
             quotes = isinstance(exc, errors.ResponseError)
-            raise self._translated(exc, timeout_s) from (None if quotes else exc)
+            told = self._translated(exc, timeout_s)
+            if isinstance(told, StoreUnavailable):
+                self._route.doubt()
+            raise told from (None if quotes else exc)
 
     def not_ours(self, what: str) -> StoreError:
         return StoreError(
@@ -337,12 +498,13 @@ class RedisLink:
         self._own()
         with self.lock:
             epoch = self._epoch
+        server = self.look(deadline_s)
         while True:
             with self.lock:
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
-                return self.open(deadline_s), epoch
-            if connection.is_usable():
+                return self._opened_to(server, deadline_s), epoch
+            if connection.host == server and connection.is_usable():
                 return connection, epoch
             self.shut(connection)
 
@@ -353,14 +515,14 @@ class RedisLink:
                 return
         self.shut(connection)
 
-    def _dial(self, deadline_s: float) -> socket.socket:
+    def _dial(self, host: Host, deadline_s: float) -> socket.socket:
         context = self._tls.context() if self._tls else None
-        finish = None if context is None else lambda raw: self._secured(context, raw)
-        return dial(self._host, self._port, deadline_s, finish=finish)
+        finish = None if context is None else lambda raw: self._secured(context, raw, host[0])
+        return dial(*host, deadline_s, finish=finish)
 
-    def _secured(self, context: ssl.SSLContext, raw: socket.socket) -> socket.socket:
+    def _secured(self, context: ssl.SSLContext, raw: socket.socket, name: str) -> socket.socket:
         try:
-            return context.wrap_socket(raw, server_hostname=self._host)
+            return context.wrap_socket(raw, server_hostname=name)
         except TimeoutError as exc:
             raise StoreUnavailable(
                 f"{self.url} did not answer the TLS handshake in time: is it up? If its port is one without TLS, "
@@ -368,6 +530,10 @@ class RedisLink:
             ) from exc
 
     # --- what an error means
+
+    @property
+    def _host(self) -> str:
+        return (self._route.at or ("", 0))[0]
 
     def _translated(self, error: Exception, timeout_s: float) -> StoreError:
         if isinstance(error, errors.ResponseError):
@@ -437,6 +603,8 @@ class RedisLink:
             return StoreUnavailable(
                 f"{url} is a replica and takes no writes: name the primary, or wait for its failover"
             )
+        if code in {"UNBLOCKED", "NOSCRIPT"}:
+            return StoreUnavailable(f"{url} was replaced in the middle of a call; try again")
         if isinstance(error, errors.MasterDownError) or code == "MASTERDOWN":
             return StoreUnavailable(
                 f"{url} is a replica that lost its primary, and serves nothing meanwhile; try again"
@@ -455,15 +623,31 @@ class RedisLink:
         unknown = _UNKNOWN_COMMAND.search(text)
         if unknown is not None:
             name = unknown[1].upper() or "a command"
+            if self._is_guide and name == "SENTINEL":
+                return StoreError(f"{url} is no sentinel: name the sentinels in the URL, or write redis://")
             return StoreError(
                 f"{url} does not know {name}: streams need Redis 5 or newer, and the commands of docs/redis-layout.md "
                 "must not be renamed or disabled"
             )
         if "DB index" in text or "invalid DB" in text:
             return StoreError(f"{url} has no db {self._db}: choose one below its setting `databases` (16 by default)")
+        if self._route.follows and code in {"MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"}:
+            why = {
+                "TRYAGAIN": "its slot is being moved, and only some of its keys have left",
+                "CLUSTERDOWN": "the cluster is down, or elects a primary",
+            }
+            return StoreUnavailable(
+                f"{url} does not serve this now: {why.get(code, 'its slot moves on and on')}; try again"
+            )
+        if "cluster support disabled" in text:
+            return StoreError(f"{url} is no node of a Redis Cluster: write redis://")
+        if "No such master with that name" in text:
+            return StoreError(
+                f"{url} knows no primary of that name: correct it in the URL (redis-cli: SENTINEL MASTERS)"
+            )
         if "SELECT is not allowed" in text or code in {"MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN"}:
             return StoreError(
-                f"{url} is a node of a Redis Cluster, which redis:// does not follow: name a plain server"
+                f"{url} is a node of a Redis Cluster, which {self._url.partition(':')[0]}:// does not follow: write redis+cluster://"
             )
         if code == "DENIED" or text.startswith("DENIED"):
             return AuthFailed(

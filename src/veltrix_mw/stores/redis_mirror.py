@@ -31,6 +31,7 @@ from veltrix_mw.stores.redis_layout import (
 )
 from veltrix_mw.stores.redis_link import Command, Connection, RedisLink
 from veltrix_mw.stores.redis_reading import Reader, RedisWatch, Torn
+from veltrix_mw.stores.redis_routes import Route, Server
 from veltrix_mw.values import MAX_VALUE_BYTES
 
 __all__ = ["RedisMirror"]
@@ -84,7 +85,7 @@ class RedisMirror:
 
     def __init__(
         self,
-        host: str,
+        where: str | Route,
         port: int = 6379,
         *,
         db: int = 0,
@@ -99,13 +100,21 @@ class RedisMirror:
         keep_revisions: int = 10_000,
         keep_bytes: int = 64 * 1024 * 1024,
     ) -> None:
-        """Name the server; nothing is opened. The options are `RedisStore`'s.
+        """Name the server, by its host or by how it is found; nothing is opened. The options are `RedisStore`'s.
 
         `keep_revisions` and `keep_bytes` are the relay's: what the stream holds at most, but for the newest revision,
         which it always holds. Who is further behind lists.
         """
         self._link = RedisLink(
-            host, port, db=db, namespace=namespace, tls=tls, user=user, password=password, ca=ca, cert=cert, key=key
+            Server(where, port) if isinstance(where, str) else where,
+            db=db,
+            namespace=namespace,
+            tls=tls,
+            user=user,
+            password=password,
+            ca=ca,
+            cert=cert,
+            key=key,
         )
         self._names = Names(namespace)
         self._rules = _Rules(self._names, self._link.url)

@@ -21,6 +21,7 @@ from veltrix_mw.stores.network_probe import NetworkProbe
 from veltrix_mw.stores.pace import clock_said, paced
 from veltrix_mw.stores.redis_layout import AUTHORITY, META_FIELDS, MIRROR, Meta, Names, meta_of, state_of
 from veltrix_mw.stores.redis_link import Connection, RedisLink
+from veltrix_mw.stores.redis_routes import route_of
 from veltrix_mw.stores.tiers import STALE_AFTER_S
 from veltrix_mw.stores.tls import Tls
 from veltrix_mw.words import ago, counted
@@ -40,12 +41,11 @@ class RedisProbe:
 
     def __init__(self, url: StoreUrl, *, role: Role, lazy: Sequence[str] = (), timeout_s: float) -> None:
         options: dict[str, Any] = dict(url.options)
-        ((self._host, self._port),) = url.hosts
-        self._where = shown(url.hosts[0])
         self._url = url
         self._role = role
         self._lazy = tuple(lazy)
         self._names = Names(url.namespace)
+        self._route = route_of(url)
         self._timeout_s = timeout_s
         self._files = (options.get("ca"), options.get("cert"), options.get("key"))
         self._network = NetworkProbe(url.hosts, tls=Tls(*self._files) if url.tls else None, plain="redis")
@@ -208,7 +208,7 @@ class RedisProbe:
         version: tuple[int, int] = (int(found[1]), int(found[2])) if found else _COMFORTABLE
         if version < _OLDEST:
             return fail(f"{name} has no streams: take Redis 5 or newer, best 7")
-        if told.get("redis_mode") == "cluster":
+        if told.get("redis_mode") == "cluster" and not self._route.follows:
             return fail(f"{name} is a node of a Redis Cluster, which {self._url.scheme}:// does not follow")
         if version < _COMFORTABLE:
             return warn(f"{name} works, but cannot grant a user to read alone (%R~): take Redis 7 where you have users")
@@ -316,6 +316,10 @@ class RedisProbe:
     # ---
 
     @property
+    def _where(self) -> str:
+        return self._url.redacted if self._route.at is None else shown(self._route.at)
+
+    @property
     def _who(self) -> str:
         return f"user {self._url.user!r}" if self._url.user else "the default user"
 
@@ -329,8 +333,8 @@ class RedisProbe:
         if db not in self._opened:
             ca, cert, key = self._files
             self._opened[db] = RedisLink(
-                self._host, self._port, db=db, namespace=self._url.namespace, tls=self._url.tls, user=self._url.user,
-                password=self._url.password, ca=ca, cert=cert, key=key,
+                self._route, db=db, namespace=self._url.namespace, tls=self._url.tls,
+                user=self._url.user, password=self._url.password, ca=ca, cert=cert, key=key,
             )  # fmt: skip
         return self._opened[db]
 

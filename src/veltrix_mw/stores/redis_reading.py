@@ -414,7 +414,11 @@ class RedisWatch:
         return self._taken(connection.execute(*self._command(*waits)))
 
     def _look(self, connection: Connection) -> Sequence[Batch]:
-        """Whether what is watched is still there. The stream is read after the meta: it brings all that meta knows."""
+        """Whether what is watched is still there, and at the server that is to be asked.
+
+        The stream is read after the meta: it brings all that meta knows.
+        """
+        self._reader.link.look(time.monotonic() + self._patience_s)
         connection.end_by(time.monotonic() + self._patience_s + _OVERTIME_S, patience_s=self._patience_s)
         meta, (found,) = self._reader.meta_and(connection, [self._command()])
         self._looked_s = time.monotonic()

@@ -1,0 +1,287 @@
+"""Routes: which server of a Redis takes a namespace's calls, and who is asked where that changes.
+
+Owns what sentinels and the nodes of a cluster are asked, and which of their answers is believed. Knows no socket and no
+driver: how a question is put comes with the call. Holds no lock, which a fork could find taken: what is known is
+replaced whole.
+
+Each answer carries the epoch of the failover that it is of. One that is of an older epoch than what is known, from a
+sentinel or a node that was cut off or stopped, is not believed while another one may know better: a primary that was
+left is not come back to.
+"""
+
+from __future__ import annotations
+
+import binascii
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import SystemRandom
+from typing import Any, Final
+
+from veltrix_mw.errors import StoreError, StoreUnavailable
+from veltrix_mw.settings import Host, StoreUrl, shown
+from veltrix_mw.stores.redis_layout import Names
+
+__all__ = ["Ask", "Guided", "Login", "Nodes", "Question", "Route", "Sentinels", "Server", "route_of", "slot_of"]
+
+Question = tuple[str, ...]
+Ask = Callable[[Host, Sequence[Question], float], list[Any]]
+"""Put questions to a host, by a deadline (monotonic); raises `StoreError`."""
+
+Login = tuple["str | None", "str | None"]
+
+_AGREED_S: Final = 2.0  # how long an answer is believed without asking again: a server that was replaced is left then
+_LOOK_S: Final = 0.5  # the most that a look at what is known already may keep a call waiting
+_MOST_NODES: Final = 16  # of a cluster's nodes that were learned of, so many are remembered as well
+_SLOTS: Final = 16_384
+
+_random: Final = SystemRandom()  # not the module's generator, which an application may have seeded for itself
+
+
+class Server:
+    """The one server that a URL names."""
+
+    asks_for_role: Final = False
+    follows: Final = False
+
+    def __init__(self, host: str, port: int, *, called: str = "") -> None:
+        """`called` is what errors call it, in place of its URL."""
+        self.at = (host, port)
+        self._called = called
+
+    def url(self, scheme: str, db: int) -> str:
+        return self._called or f"{scheme}://{shown(self.at)}/{db}"
+
+    def find(self, ask: Ask, deadline_s: float) -> Host:  # noqa: ARG002  # nobody is asked
+        return self.at
+
+    def doubt(self) -> None:
+        """There is no other."""
+
+    def moved(self, server: Host) -> None:
+        """It is not followed."""
+
+    def begin_anew(self) -> None:
+        """Nothing is drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """An answer: the server, as of `epoch`; `others` may be asked next time."""
+
+    server: Host
+    epoch: int
+    others: tuple[Host, ...] = ()
+
+
+class Guided:
+    """A route that is asked of others, the guides."""
+
+    asks_for_role: bool
+    """Whether a server must say that it is a primary: nothing else keeps calls from a replica."""
+
+    follows: bool
+    """Whether servers send calls on to others."""
+
+    login: Login | None
+    """As whom the guides are asked; None for the user of the server."""
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        self._named = tuple(hosts)
+        self._known: _Told | None = None
+        self.begin_anew()
+
+    @property
+    def at(self) -> Host | None:
+        """The server, as far as it is known without asking."""
+        return None if self._known is None else self._known.server
+
+    def begin_anew(self) -> None:
+        """In a new process: what is known stays, but who is asked first is drawn."""
+        self._order = _random.sample(self._named, len(self._named))  # so that a fleet does not ask one of them alone
+        self._ask_at_s = 0.0
+        self._is_doubted = False
+        self._teller: Host | None = None
+
+    def find(self, ask: Ask, deadline_s: float) -> Host:
+        """The server; asks where it is not known, or nobody was asked for a while. Raises `StoreError`."""
+        known, now_s = self._known, time.monotonic()
+        if known is not None and now_s < self._ask_at_s:
+            return known.server
+        is_look = known is not None and not self._is_doubted
+        told = self._answer(ask, min(deadline_s, now_s + _LOOK_S) if is_look else deadline_s, known)
+        self._known = told
+        self._ask_at_s = time.monotonic() + _AGREED_S
+        self._is_doubted = False
+        return told.server
+
+    def doubt(self) -> None:
+        """The server failed: ask again."""
+        self._ask_at_s = 0.0
+        self._is_doubted = True
+        if self._teller is not None:
+            self._put_last(self._teller)
+
+    def moved(self, server: Host) -> None:
+        """The server named another one."""
+        known = self._known
+        self._known = _Told(server, 0) if known is None else _Told(server, known.epoch, known.others)
+
+    # ---
+
+    def _answer(self, ask: Ask, deadline_s: float, known: _Told | None) -> _Told:
+        """What is to be believed; where nobody answers, what is known already."""
+        guides, failures = self._guides(known), list[StoreError]()
+        best: _Told | None = None
+        for number, guide in enumerate(guides):
+            now_s = time.monotonic()
+            share_s = (deadline_s - now_s) / (len(guides) - number + 1)  # and one for the server itself
+            try:
+                told = self._told(guide, ask(guide, self._questions, now_s + max(0.0, share_s)))
+            except StoreError as exc:
+                failures.append(exc)
+                self._put_last(guide)
+                continue
+            if best is None or told.epoch > best.epoch:
+                best, self._teller = told, guide
+            if known is None or best.epoch >= known.epoch:
+                return best
+        if known is not None and (best is None or failures):
+            return known
+        if best is not None:
+            return best  # all say so: they were set up anew
+        fault = next((each for each in failures if not isinstance(each, StoreUnavailable)), failures[-1])
+        if not isinstance(fault, StoreUnavailable):
+            raise fault
+        raise StoreUnavailable(f"{self._nobody}: {fault}") from fault
+
+    def _guides(self, known: _Told | None) -> list[Host]:  # noqa: ARG002  # a cluster asks others as well
+        return list(self._order)
+
+    def _put_last(self, guide: Host) -> None:
+        if guide in self._order:
+            self._order = [*(each for each in self._order if each != guide), guide]
+
+    # What is asked, and what an answer means
+
+    _nobody: str
+    _questions: Sequence[Question]
+
+    def called(self, guide: Host) -> str:
+        """What errors call a guide."""
+        raise NotImplementedError
+
+    def _told(self, guide: Host, replies: Sequence[Any]) -> _Told:
+        raise NotImplementedError
+
+
+class Sentinels(Guided):
+    """The primary that sentinels name.
+
+    They are asked now and then and after each failure: a primary that was stopped, replaced and resumed goes on as one
+    for seconds, and takes writes that are lost.
+    """
+
+    asks_for_role = True
+    follows = False
+
+    def __init__(self, hosts: Sequence[Host], name: str, *, login: Login = (None, None)) -> None:
+        """`name` is what they call the primary; `login` is for them, not for the primary."""
+        self._name = name
+        self.login = login
+        self._nobody = f"none of the sentinels ({len(hosts)}) says where {name!r} is"
+        self._questions = (("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name))
+        super().__init__(hosts)
+
+    def url(self, scheme: str, db: int) -> str:
+        return f"{scheme}+sentinel://{','.join(map(shown, self._named))}/{self._name}/{db}"
+
+    def called(self, guide: Host) -> str:
+        return f"the sentinel {shown(guide)}"
+
+    def _told(self, guide: Host, replies: Sequence[Any]) -> _Told:  # noqa: ARG002
+        address, fields = replies
+        if address is None:
+            raise StoreUnavailable(f"it does not know {self._name!r} any more")  # since the moment before
+        said = dict(zip(fields[::2], fields[1::2], strict=True))
+        return _Told((address[0].decode(), int(address[1])), int(said.get(b"config-epoch", 0)))
+
+
+class Nodes(Guided):
+    """The node of a Redis Cluster that has a slot: all keys of a namespace are in one.
+
+    A node that lost the slot names its new owner. Others are asked all the same, now and then: one that was stopped,
+    replaced and resumed does not know yet.
+    """
+
+    asks_for_role = False
+    follows = True
+    login = None
+
+    _questions = (("CLUSTER", "SLOTS"), ("CLUSTER", "NODES"))
+
+    def __init__(self, hosts: Sequence[Host], slot: int) -> None:
+        self._slot = slot
+        self._nobody = f"no node of the cluster says who has slot {slot}"
+        super().__init__(hosts)
+
+    def url(self, scheme: str, db: int) -> str:  # noqa: ARG002  # there is one
+        return f"{scheme}+cluster://{','.join(map(shown, self._named))}"
+
+    def called(self, guide: Host) -> str:
+        return f"the cluster's node {shown(guide)}"
+
+    def _guides(self, known: _Told | None) -> list[Host]:
+        if known is None:
+            return list(self._order)
+        learned = [host for host in known.others if host not in self._order]
+        # Last the owner itself: of what it lost while it was stopped it knows the least.
+        return sorted([*self._order, *learned], key=lambda host: host == known.server)
+
+    def _told(self, guide: Host, replies: Sequence[Any]) -> _Told:
+        slots, nodes = replies
+        others: list[Host] = []
+        owner: tuple[Host, bytes] | None = None
+        for first, last, *places in slots:
+            hosts = [(self._host(place[0], guide), int(place[1])) for place in places]
+            others += [host for host in hosts if host not in others]
+            if first <= self._slot <= last:
+                owner = hosts[0], places[0][2]
+        if owner is None:
+            raise StoreUnavailable(f"{self.called(guide)} knows no owner of slot {self._slot}; try again")
+        return _Told(owner[0], _epoch_of(owner[1], nodes), tuple(others[:_MOST_NODES]))
+
+    @staticmethod
+    def _host(said: bytes | None, guide: Host) -> str:
+        host = (said or b"").decode()
+        return guide[0] if host in {"", "?"} else host  # a node that does not know its own address
+
+
+def _epoch_of(node: bytes, nodes: bytes) -> int:
+    """The configuration epoch of a node, in what `CLUSTER NODES` says: the seventh word of its line."""
+    for line in nodes.splitlines():
+        words = line.split()
+        if len(words) > 6 and words[0] == node:
+            return int(words[6])
+    return 0
+
+
+def slot_of(key: str) -> int:
+    """The slot of a cluster that a key is in: of what its first braces hold, if they hold anything."""
+    raw = key.encode()
+    _, opened, rest = raw.partition(b"{")
+    tag, closed, _ = rest.partition(b"}")
+    return binascii.crc_hqx(tag if opened and closed and tag else raw, 0) % _SLOTS
+
+
+Route = Server | Sentinels | Nodes
+
+
+def route_of(url: StoreUrl) -> Route:
+    """How the server of a Redis's URL is found."""
+    if url.scheme.endswith("+sentinel"):
+        return Sentinels(url.hosts, url.name, login=(url.sentinel_user, url.sentinel_password))
+    if url.scheme.endswith("+cluster"):
+        return Nodes(url.hosts, slot_of(Names(url.namespace).entries))
+    ((host, port),) = url.hosts
+    return Server(host, port)

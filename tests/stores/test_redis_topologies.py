@@ -1,0 +1,379 @@
+"""Redis Sentinel and Redis Cluster: the contract over each as the authority, and as the mirror of etcd; then what is
+their own: primaries that are replaced, slots that move, and who is told what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.stores.contract import WITHIN_S, Harness, SharedStoreContract, drain, entries, here, put
+from tests.stores.test_etcd import EtcdHarness, Servers
+from tests.stores.test_mirrored import EtcdAndRedis, MirroredContract, MirroredHarness
+from tests.support.redis_servers import ClusterSet, SentinelSet, cluster_set, sentinel_set
+from tests.support.waiting import wait_until
+from veltrix_mw.errors import StoreError, StoreUnavailable
+from veltrix_mw.settings import parse_url
+from veltrix_mw.stores.redis import RedisStore
+from veltrix_mw.stores.redis_layout import Names
+from veltrix_mw.stores.redis_routes import route_of, slot_of
+
+
+def open_at(*, url: str, namespace: str, **options: Any) -> RedisStore:
+    return RedisStore(route_of(parse_url(url, namespace=namespace)), namespace=namespace, **options)
+
+
+class TopologyHarness(Harness):
+    """Servers, emptied for each test."""
+
+    keeps_records = False
+
+    def __init__(self, servers: SentinelSet | ClusterSet) -> None:
+        super().__init__()
+        self._url = servers.url
+
+    def spec(self, **options: Any) -> dict[str, Any]:
+        options = {"url": self._url, "namespace": self.namespace, **options}
+        return {"store": "tests.stores.test_redis_topologies:open_at", "options": options}
+
+    def make(self, **options: Any) -> RedisStore:
+        return open_at(url=self._url, namespace=self.namespace, **options)
+
+    def forget(self, oldest: int) -> None:
+        newest = here(self.open()).revision
+        put(self.open(keep_revisions=newest - oldest + 2), "forgotten", b"1")
+
+
+@pytest.fixture(scope="module")
+def sentinels() -> Iterator[SentinelSet]:
+    with sentinel_set() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ClusterSet]:
+    with cluster_set() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def etcds() -> Iterator[Servers]:
+    servers = Servers()
+    yield servers
+    servers.close()
+
+
+class TestSentinel(SharedStoreContract):
+    """The contract over the primary that sentinels name."""
+
+    @pytest.fixture
+    def harness(self, sentinels: SentinelSet) -> Iterator[TopologyHarness]:
+        sentinels.run("FLUSHALL")
+        harness = TopologyHarness(sentinels)
+        yield harness
+        harness.close()
+
+
+class TestCluster(SharedStoreContract):
+    """The contract over a cluster, where each namespace is in one slot."""
+
+    @pytest.fixture
+    def harness(self, cluster: ClusterSet) -> Iterator[TopologyHarness]:
+        cluster.run("FLUSHALL")
+        harness = TopologyHarness(cluster)
+        yield harness
+        harness.close()
+
+
+class FewExamples(MirroredContract):
+    """The contract over etcd and a mirror; what a model finds of those two is found over one Redis as well."""
+
+    @settings(
+        max_examples=5,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+    )
+    @given(data=st.data())
+    def test_it_behaves_like_a_list_of_dicts(self, harness: Harness, data: st.DataObject) -> None:
+        self.check_against_a_model(harness, data)
+
+
+class TestEtcdAndSentinel(FewExamples):
+    """The contract over etcd, mirrored in the primary that sentinels name."""
+
+    @pytest.fixture
+    def harness(self, sentinels: SentinelSet, etcds: Servers) -> Iterator[MirroredHarness]:
+        sentinels.run("FLUSHALL")
+        harness = EtcdAndRedis(EtcdHarness(etcds), sentinels)
+        yield harness
+        harness.close()
+
+
+class TestEtcdAndCluster(FewExamples):
+    """The contract over etcd, mirrored in a cluster."""
+
+    @pytest.fixture
+    def harness(self, cluster: ClusterSet, etcds: Servers) -> Iterator[MirroredHarness]:
+        cluster.run("FLUSHALL")
+        harness = EtcdAndRedis(EtcdHarness(etcds), cluster)
+        yield harness
+        harness.close()
+
+
+OpenStore = Callable[..., RedisStore]
+NAMES = Names("shop")
+SLOT = slot_of(NAMES.entries)
+
+
+@pytest.fixture
+def open_store() -> Iterator[OpenStore]:
+    opened: list[RedisStore] = []
+
+    def open_store(servers: SentinelSet | ClusterSet, **options: Any) -> RedisStore:
+        url = f"{servers.url}{options.pop('query', '')}"
+        opened.append(open_at(url=url, namespace="shop", **{"timeout_s": 1.0, **options}))
+        return opened[-1]
+
+    yield open_store
+    for store in opened:
+        store.close()
+
+
+def put_until_taken(store: RedisStore, key: str, raw: bytes) -> int:
+    """The revision of the first of its writes that is acknowledged."""
+
+    def taken() -> int:
+        try:
+            return put(store, key, raw)
+        except StoreUnavailable:
+            return 0
+
+    return wait_until(taken, 2 * WITHIN_S, reason="a write is taken")
+
+
+# --- Sentinel
+
+
+@pytest.fixture
+def whole_sentinels(sentinels: SentinelSet) -> Iterator[SentinelSet]:
+    sentinels.run("FLUSHALL")
+    yield sentinels
+    sentinels.heal()
+
+
+def test_a_primary_that_was_replaced_is_left_though_it_goes_on_as_one(
+    whole_sentinels: SentinelSet, open_store: OpenStore
+) -> None:
+    """Its clients were idle while it was stopped: their connections are whole, and it answers all they ask."""
+    servers = whole_sentinels
+    store = open_store(servers)
+    put(open_store(servers, wait_replicas=1), "a", b"1")
+    watch = store.watch(here(store), timeout_s=WITHIN_S)
+    assert list(watch.next(0)) == []
+    old = servers.primary()
+    old.stop()
+    try:
+        new = servers.wait_replaced(old)
+    finally:
+        old.cont()
+    assert old.raw("ROLE")[0] == b"master"
+    revision = put(store, "a", b"2")
+    assert new.run("HGET", NAMES.entries, "a") == b"%d 2" % revision
+    assert old.run("HGET", NAMES.entries, "a") == b"1 1"
+    try:
+        found = drain(watch, revision)
+    except StoreUnavailable:  # the watch was broken off, and is made again
+        found = drain(watch, revision)
+    assert [batch.position.revision for batch in found] == [revision]
+    watch.close()
+
+
+def test_a_watch_that_waits_on_a_stopped_primary_goes_on_at_the_new_one(
+    whole_sentinels: SentinelSet, open_store: OpenStore
+) -> None:
+    servers, reader = whole_sentinels, open_store(whole_sentinels)
+    writer = open_store(servers, wait_replicas=1)
+    put(writer, "a", b"1")
+    watch = reader.watch(here(reader), timeout_s=WITHIN_S)
+    old = servers.primary()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(watch.next, 600)
+        old.stop()
+        with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{old.port}. did not answer within"):
+            waiting.result(WITHIN_S)
+    servers.wait_replaced(old)
+    revision = put_until_taken(open_store(servers), "a", b"2")
+    found = drain(watch, revision)
+    assert [batch.position.revision for batch in found] == [revision]
+    watch.close()
+
+
+def test_a_replica_that_is_named_as_the_primary_is_not_taken(
+    whole_sentinels: SentinelSet, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers, store = whole_sentinels, open_store(whole_sentinels)
+    replica = servers.other(servers.primary())
+    monkeypatch.setattr(store._link._route, "find", lambda *_: ("127.0.0.1", replica.port))
+    with pytest.raises(StoreUnavailable, match="is to be the primary, and is a replica"):
+        store.list(timeout_s=WITHIN_S)
+
+
+def test_who_knows_the_primary_goes_on_without_sentinels(open_store: OpenStore) -> None:
+    with sentinel_set() as servers:
+        store, watch_url = open_store(servers), servers.url
+        put(store, "a", b"1")
+        for sentinel in servers.sentinels[:2]:
+            sentinel.kill()
+        assert entries(open_store(servers)) == {"a": (b"1", 1)}
+        servers.sentinels[2].kill()
+        store._link._route.doubt()
+        assert put(store, "a", b"2") == 2
+        with pytest.raises(StoreUnavailable, match=r"none of the sentinels \(3\) says where 'mymaster' is: .* refuses"):
+            open_at(url=watch_url, namespace="shop").list(timeout_s=WITHIN_S)
+
+
+def test_a_name_that_the_sentinels_do_not_know_is_said(sentinels: SentinelSet) -> None:
+    store = open_at(url=sentinels.url.replace("mymaster", "other"), namespace="shop")
+    with pytest.raises(StoreError, match=r"the sentinel 127\.0\.0\.1:[0-9]+ knows no primary of that name"):
+        store.list(timeout_s=WITHIN_S)
+    store.close()
+
+
+def test_what_is_no_sentinel_is_said(sentinels: SentinelSet, open_store: OpenStore) -> None:
+    url = f"redis+sentinel://127.0.0.1:{sentinels.primary().port}/mymaster"
+    store = open_at(url=url, namespace="shop")
+    with pytest.raises(StoreError, match=r"is no sentinel: name the sentinels"):
+        store.list(timeout_s=WITHIN_S)
+    store.close()
+
+
+# --- Cluster
+
+
+@pytest.fixture
+def whole_cluster(cluster: ClusterSet) -> Iterator[ClusterSet]:
+    cluster.run("FLUSHALL")
+    yield cluster
+    cluster.heal()
+
+
+def test_a_slot_that_moved_is_followed_and_a_watch_goes_on(whole_cluster: ClusterSet, open_store: OpenStore) -> None:
+    cluster, store = whole_cluster, open_store(whole_cluster)
+    put(store, "a", b"1")
+    watch = store.watch(here(store), timeout_s=WITHIN_S)
+    assert list(watch.next(0)) == []
+    source = cluster.owner(SLOT)
+    target = cluster.another(source)
+    cluster.move(SLOT, source, target)
+    revision = put(store, "a", b"2")
+    assert target.run("HGET", NAMES.entries, "a") == b"%d 2" % revision
+    assert [batch.position.revision for batch in drain(watch, revision)] == [revision]
+    assert store._link._current == ("127.0.0.1", target.port)
+    watch.close()
+
+
+def test_a_slot_that_is_on_its_way_is_read_and_written_once_its_keys_are_together(
+    whole_cluster: ClusterSet, open_store: OpenStore
+) -> None:
+    cluster, store = whole_cluster, open_store(whole_cluster)
+    put(store, "a", b"1")
+    watch = store.watch(here(store), timeout_s=WITHIN_S)
+    source = cluster.owner(SLOT)
+    target = cluster.another(source)
+    cluster.begin_moving(SLOT, source, target)
+    revision = put(store, "a", b"2")
+    assert source.run("HGET", NAMES.entries, "a") == b"%d 2" % revision
+    cluster.move_keys(SLOT, source, target, most=1)
+    assert entries(store) == {"a": (b"2", revision)}  # of which one key is here and the other there
+    with pytest.raises(StoreUnavailable, match="its slot is being moved, and only some of its keys have left"):
+        put(store, "a", b"3")
+    cluster.move_keys(SLOT, source, target)
+    revision = put(store, "a", b"3")
+    assert entries(store) == {"a": (b"3", revision)}
+    assert source.raw("CLUSTER", "COUNTKEYSINSLOT", SLOT) == 0
+    assert [batch.position.revision for batch in drain(watch, revision)] == [2, 3]
+    cluster.end_moving(SLOT, source, target)
+    assert put(store, "a", b"4") == 4
+    assert [batch.position.revision for batch in drain(watch, 4)] == [4]
+    watch.close()
+
+
+def test_replicas_are_counted_where_a_slot_is_on_its_way_to(whole_cluster: ClusterSet, open_store: OpenStore) -> None:
+    cluster = whole_cluster
+    store = open_store(cluster, wait_replicas=1, wait_timeout_s=0.3)
+    put(store, "a", b"1")
+    source = cluster.owner(SLOT)
+    target = cluster.another(source)
+    cluster.begin_moving(SLOT, source, target)
+    cluster.move_keys(SLOT, source, target)
+    assert put(store, "a", b"2") == 2
+    port = int(target.raw("ROLE")[2][0][1])
+    replica = next(server for server in cluster.servers if server.port == port)
+    replica.stop()
+    try:
+        with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
+            put(store, "a", b"3")
+    finally:
+        replica.cont()
+    cluster.end_moving(SLOT, source, target)
+    cluster.wait_whole()
+    assert put(store, "a", b"4") == 4
+
+
+def test_an_owner_that_dies_is_replaced(whole_cluster: ClusterSet, open_store: OpenStore) -> None:
+    cluster = whole_cluster
+    store = open_store(cluster, wait_replicas=1)
+    put(store, "a", b"1")
+    watch = store.watch(here(store), timeout_s=WITHIN_S)
+    old = cluster.owner(SLOT)
+    old.kill()
+    with pytest.raises(StoreUnavailable):
+        put(store, "a", b"2")
+    new = cluster.wait_replaced(old, SLOT)
+    late = open_store(cluster)
+    assert put_until_taken(late, "a", b"2") == 2
+    assert new.run("HGET", NAMES.entries, "a") == b"2 2"
+    with pytest.raises(StoreUnavailable):
+        watch.next(WITHIN_S)
+    assert [batch.position.revision for batch in drain(watch, 2)] == [2]
+    watch.close()
+
+
+def test_an_owner_that_was_replaced_while_it_was_stopped_is_left(
+    whole_cluster: ClusterSet, open_store: OpenStore
+) -> None:
+    cluster = whole_cluster
+    store, waiting = open_store(cluster, wait_replicas=1), open_store(cluster)
+    put(store, "a", b"1")
+    watch = waiting.watch(here(waiting), timeout_s=WITHIN_S)
+    old = cluster.owner(SLOT)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(watch.next, 600)
+        old.stop()
+        with pytest.raises(StoreUnavailable, match="did not answer within"):
+            reading.result(WITHIN_S)
+    cluster.wait_replaced(old, SLOT)
+    revision = put_until_taken(waiting, "a", b"2")
+    old.cont()
+    assert [batch.position.revision for batch in drain(watch, revision)] == list(range(2, revision + 1))
+    assert entries(store)["a"][1] == put_until_taken(store, "a", b"3") - 1
+    watch.close()
+
+
+def test_what_is_no_cluster_is_said(sentinels: SentinelSet) -> None:
+    store = open_at(url=f"redis+cluster://127.0.0.1:{sentinels.primary().port}", namespace="shop")
+    with pytest.raises(StoreError, match="is no node of a Redis Cluster: write redis://"):
+        store.list(timeout_s=WITHIN_S)
+    store.close()
+
+
+def test_a_cluster_is_not_taken_for_one_server(cluster: ClusterSet) -> None:
+    store = open_at(url=f"redis://127.0.0.1:{cluster.another(cluster.owner(SLOT)).port}", namespace="shop")
+    with pytest.raises(StoreError, match=r"is a node of a Redis Cluster, .*: write redis\+cluster://"):
+        store.list(timeout_s=WITHIN_S)
+    store.close()
