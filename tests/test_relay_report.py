@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from veltrix_mw.errors import AuthFailed, Compacted, LeaseLost, StoreUnavailable, VeltrixError
-from veltrix_mw.protocols import Lease, Listing, MirrorState, Position
+from veltrix_mw.protocols import CertificateFault, Lease, Listing, MirrorState, Position
 from veltrix_mw.relay import (
     Elected,
     Fill,
@@ -185,6 +185,17 @@ def test_credentials_that_were_never_taken_are_refused_and_later_ones_barred() -
     assert observed.names == ["elected", "deposed", "barred"]
     observed.hear(Rested(60.0), Refused(60.0, AuthFailed("NOPERM")))
     assert observed.names == ["elected", "deposed", "barred"]
+
+
+def test_a_certificate_that_is_refused_bars_nobody_as_it_may_be_replaced_at_any_time() -> None:
+    observed = Observed()
+    observed.elect()
+    observed.hear(Refused(0.1, LeaseLost("taken")))
+    for tries in range(10):
+        step = observed.hear(Rested(60.0 * tries), Refused(60.0 * tries, CertificateFault("expired"))).step
+        assert isinstance(step, Rest)
+        assert step.delay_s <= 5.0
+    assert observed.names == ["elected", "deposed", "mirror_failed"]
 
 
 def test_so_are_those_of_the_authority() -> None:

@@ -19,6 +19,7 @@ from veltrix_mw.values import Missing
 
 __all__ = [
     "Batch",
+    "CertificateFault",
     "ChangeRecord",
     "Confirmation",
     "Followed",
@@ -188,6 +189,10 @@ class Moved(StoreUnavailable):
         super().__init__(message)
         self.after_s = after_s
         self.mended = mended
+
+
+class CertificateFault(AuthFailed):
+    """The store wants our certificate or refuses it, or a file of it cannot be used. Who replaces the file mends it."""
 
 
 class NotLetIn(AuthFailed):

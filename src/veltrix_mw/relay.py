@@ -24,7 +24,16 @@ from random import Random
 from typing import Final
 
 from veltrix_mw.errors import AuthFailed, Compacted, LeaseLost, StoreError, VeltrixError
-from veltrix_mw.protocols import Batch, ChangeRecord, Lease, Listing, MirrorState, Position, RawVersion
+from veltrix_mw.protocols import (
+    Batch,
+    CertificateFault,
+    ChangeRecord,
+    Lease,
+    Listing,
+    MirrorState,
+    Position,
+    RawVersion,
+)
 from veltrix_mw.replica import (
     Begun,
     Confirmed,
@@ -518,7 +527,8 @@ class Relay:
         self.error = str(error)
         if isinstance(error, LeaseLost):
             return Rest(self._random.uniform(0, STAND_S))
-        if isinstance(error, AuthFailed):
+        # A certificate is replaced while the process runs, as a matter of course; what an ACL allows hardly ever is.
+        if isinstance(error, AuthFailed) and not isinstance(error, CertificateFault):
             self.barred = str(error)
             aside_s = BARRED_S * self._random.uniform(0.8, 1.2)
         else:

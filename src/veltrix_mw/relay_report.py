@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from veltrix_mw.errors import AuthFailed, Compacted, LeaseLost
-from veltrix_mw.protocols import Position
+from veltrix_mw.protocols import CertificateFault, Position
 from veltrix_mw.relay import (
     Elected,
     Fill,
@@ -134,7 +134,7 @@ class ReportingRelay(Relay):
             self._tell("refused", tier=tier, reason=str(error))
         elif not self._fails[tier]:
             self._fails[tier] = True
-            barred = tier == "mirror" and isinstance(error, AuthFailed)
+            barred = tier == "mirror" and isinstance(error, AuthFailed) and not isinstance(error, CertificateFault)
             self._tell("barred" if barred else f"{tier}_failed", reason=str(error))
 
     def _answered(self, tier: str) -> None:

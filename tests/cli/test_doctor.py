@@ -363,7 +363,7 @@ def test_a_client_certificate_of_etcd_that_is_not_given_or_of_another_ca(shell: 
         shell.store = etcd_url(cluster, query=f"ca={files.ca}&cert={files.client_cert}&key={files.client_key}")
         assert examined(shell).failed == []
         shell.store = etcd_url(cluster, query=f"ca={files.ca}")
-        refused(examined(shell), "authority", "service", "refused this client's certificate")
+        refused(examined(shell), "authority", "service", "asks for a client certificate")
         shell.store = etcd_url(cluster, query=f"ca={files.ca}&cert={strangers.client_cert}&key={strangers.client_key}")
         refused(examined(shell), "authority", "service", "refused this client's certificate")
 

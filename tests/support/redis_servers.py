@@ -56,15 +56,19 @@ class Certificates:
             "-subj", f"/CN={name}", "-addext", "keyUsage=critical,keyCertSign,cRLSign",
         )  # fmt: skip
 
-    def issue(self, name: str, *, days: int = 2, san: str = "IP:127.0.0.1,DNS:localhost") -> tuple[Path, Path]:
-        """A certificate and its key; `days` below 0: one that has expired."""
+    def issue(
+        self, name: str, *, days: int = 2, san: str = "IP:127.0.0.1,DNS:localhost", subject: str | None = None
+    ) -> tuple[Path, Path]:
+        """A certificate and its key; `days` below 0: one that has expired. Its common name is `name`, unless told."""
         cert, key, request = (self.folder / f"{name}.{end}" for end in ("pem", "key", "csr"))
         extensions = self.folder / f"{name}.ext"
         extensions.write_text(
             f"subjectAltName={san}\nextendedKeyUsage=serverAuth,clientAuth\nkeyUsage=digitalSignature\n"
             "authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\nbasicConstraints=CA:FALSE\n"
         )
-        self._openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request, "-subj", f"/CN={name}")
+        self._openssl(
+            "req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request, "-subj", subject or f"/CN={name}"
+        )
         self._openssl(
             "x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", self._ca_key, "-CAcreateserial", "-out", cert,
             "-days", str(days), "-extfile", extensions,

@@ -24,7 +24,7 @@ from typing import Final, TypeVar
 from urllib3.util import ssl_wrap_socket
 
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, StoreError, StoreUnavailable
-from veltrix_mw.protocols import Leaderless, NotLetIn, NotPermitted, Silent
+from veltrix_mw.protocols import CertificateFault, Leaderless, NotLetIn, NotPermitted, Silent
 from veltrix_mw.settings import Host
 from veltrix_mw.settings import shown as _told
 from veltrix_mw.stores.dialing import NameTimeout, dial
@@ -524,9 +524,10 @@ class Gateway:
             case ssl.SSLCertVerificationError():
                 return _Failed(_about_certificate(cause, where, self._tls), may_have_run=False, in_vain=True)
             case ssl.SSLError() if verdict_of(cause) in {Verdict.CERTIFICATE_WANTED, Verdict.CERTIFICATE_REFUSED}:
+                shown = self._tls is not None and self._tls.cert
+                minds = "refused this client's certificate" if shown else "asks for a client certificate"
                 return _CertificateRefused(
-                    f"etcd at {where} refused this client's certificate ({reason_of(cause)}); give one that its CA "
-                    "signed: cert= and key=",
+                    f"etcd at {where} {minds} ({reason_of(cause)}); give one that its CA signed: cert= and key=",
                     may_have_run=False,
                     in_vain=True,
                 )
@@ -699,7 +700,7 @@ class CompactedAt(Compacted):
 
 
 class _CertificateRefused(_Failed):
-    kind = AuthFailed
+    kind = CertificateFault
 
 
 class _WithoutLeader(_Failed):

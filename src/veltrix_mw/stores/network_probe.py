@@ -113,9 +113,9 @@ class NetworkProbe:
         except ssl.SSLError as exc:
             reason = reason_of(exc).lower()
             match verdict_of(exc):
-                case Verdict.CERTIFICATE_WANTED:
+                case Verdict.CERTIFICATE_WANTED | Verdict.CERTIFICATE_REFUSED if not tls.cert:
                     text = f"{where} asks for a client certificate ({reason}): give cert=FILE and key=FILE"
-                case Verdict.CERTIFICATE_REFUSED:
+                case Verdict.CERTIFICATE_WANTED | Verdict.CERTIFICATE_REFUSED:
                     text = (
                         f"{where} refused this client's certificate ({reason}): give one that its CA signed, cert=FILE "
                         "and key=FILE"

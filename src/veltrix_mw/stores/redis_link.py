@@ -30,7 +30,7 @@ from redis.connection import Connection as _DriverConnection
 
 from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
-from veltrix_mw.protocols import NotLetIn, NotPermitted, Silent
+from veltrix_mw.protocols import CertificateFault, NotLetIn, NotPermitted, Silent
 from veltrix_mw.settings import Host, shown
 from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
@@ -684,9 +684,9 @@ class RedisLink:
         reason = (getattr(error, "reason", None) or "").upper()
         match verdict_of(error):
             case Verdict.CERTIFICATE_WANTED:
-                return AuthFailed(f"{url} asks for a client certificate: give cert=FILE and key=FILE")
+                return CertificateFault(f"{url} asks for a client certificate: give cert=FILE and key=FILE")
             case Verdict.CERTIFICATE_REFUSED:
-                return AuthFailed(
+                return CertificateFault(
                     f"{url} refused our client certificate ({reason.lower()}): give one that its CA signed"
                 )
             case Verdict.NOT_TLS:

@@ -9,12 +9,12 @@ import ssl
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from veltrix_mw.errors import AuthFailed
+from veltrix_mw.protocols import CertificateFault
 
 __all__ = ["Tls", "UnusableFile", "Verdict", "reason_of", "verdict_of"]
 
 
-class UnusableFile(AuthFailed):
+class UnusableFile(CertificateFault):
     """A file of TLS cannot be read, or holds something else. Correct the file, or the URL that names it."""
 
 
