@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,18 @@ def test_an_expectation_that_fails_ends_it_with_what_it_was(shell: Shell, tempor
     assert done.code == 1, done
     assert done.out == ""
     assert done.err.startswith("error: the demo failed: waited 0 s, but not yet so: every worker follows the mirror")
+    assert_nothing_is_left(temporary)
+
+
+def test_of_the_servers_it_names_the_one_that_lacks(shell: Shell, temporary: Path) -> None:
+    found = shutil.which("etcd")
+    assert found is not None
+    shell.folder.joinpath("etcd").symlink_to(found)
+    shell.environ["PATH"] = str(shell.folder)
+    done = shell.process("demo", "--cluster")
+    assert done.code == 1
+    assert "it starts redis-server, which PATH does not have" in done.err
+    assert "apt-get install redis-server" in done.err
     assert_nothing_is_left(temporary)
 
 
