@@ -1,0 +1,214 @@
+"""The batcher: what waits while a call is under way goes together in the next, as databases commit in groups.
+
+Owns the queue and the thread that empties it. Knows nothing of what is loaded; caches nothing.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Final, Generic, TypeVar
+
+from veltrix_mw.coalesce.flight import Flight
+from veltrix_mw.coalesce.single_flight import TIMEOUT_S, SingleFlight
+from veltrix_mw.errors import Overloaded, StoreError, StoreUnavailable
+from veltrix_mw.forking import anew_after_fork
+
+__all__ = ["Batcher"]
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+MAX_ITEMS: Final = 128  # what etcd takes in one transaction
+MAX_WAITING: Final = 10_000  # seconds of work at any pace that a server answers such batches in; a few MB
+MAX_HUNG: Final = 4  # threads whose call hangs and that others took the place of: a store may recover while they hang
+CLOSE_S: Final = 2.0  # a process that ends is not held up for longer
+
+_NOTHING: Final = object()
+
+
+class Batcher(Generic[K, V]):
+    """Loads keys in batches: whatever waits when the last call has returned goes in one call.
+
+    No timer: a key that comes while nothing is under way is loaded at once, alone. A key that is asked for again before
+    its call has returned shares it. Each caller waits for a flight of its key, so none can harm another, and a key that
+    fails fails its own callers alone. What waits is bounded. Thread-safe; a forked child begins with an empty queue and
+    a thread of its own.
+    """
+
+    def __init__(
+        self,
+        load_many: Callable[[Sequence[K]], Mapping[K, V | Exception]],
+        *,
+        max_items: int = MAX_ITEMS,
+        max_waiting: int = MAX_WAITING,
+        timeout_s: float = TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`load_many` is given up to `max_items` distinct keys and answers for each: its value, or an exception, which
+        is its own callers' alone. What it raises is all callers' of that batch. It runs in the batcher's thread, in an
+        empty context, and should end by itself within `timeout_s`, which each key has from when it is asked for.
+
+        Nothing is started before the first key.
+        """
+        self._load_many = load_many
+        self._max_items = max_items
+        self._max_waiting = max_waiting
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._flights = SingleFlight(timeout_s=timeout_s, clock=clock)
+        self._condition = threading.Condition()  # protects what follows; held for a few operations on the queue
+        self._waiting: deque[tuple[K, Flight[V]]] = deque()
+        self._thread: threading.Thread | None = None  # the one that takes from the queue
+        self._calling_since_s: float | None = None  # when its call began
+        self._hung = 0  # threads that another took the place of, and whose call has not returned
+        self._closed = False
+        anew_after_fork(self)
+
+    def __enter__(self) -> Batcher[K, V]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def load(self, key: K, *, timeout_s: float | None = None) -> V:
+        """The value of `key`; waits for at most `timeout_s`, and without it until the key's deadline.
+
+        Raises a copy of the exception that `load_many` answered with, or raised; `StoreUnavailable` (try again) when
+        there was no answer in time, or the batcher is closed; `Overloaded` (try again later) when too many keys wait.
+        """
+        return self._flights.fly(key, lambda flight: self._enqueue(key, flight), timeout_s=timeout_s)
+
+    async def aload(self, key: K, *, timeout_s: float | None = None) -> V:
+        """As `load`, for a task of asyncio's or trio's."""
+        return await self._flights.afly(key, lambda flight: self._enqueue(key, flight), timeout_s=timeout_s)
+
+    def submit(self, key: K) -> Flight[V]:
+        """Ask for `key` without waiting: `result()` or `await aresult()` of what is returned do.
+
+        Submit several keys before waiting for the first, and they go together. Raises `Overloaded`, or
+        `StoreUnavailable` when the batcher is closed.
+        """
+        return self._flights.join(key, lambda flight: self._enqueue(key, flight))
+
+    def close(self, *, timeout_s: float = CLOSE_S) -> None:
+        """End the thread; whoever still waits after `timeout_s` fails with `StoreUnavailable`. Final, and idempotent.
+
+        A call that is under way is given that long to return; what was not taken from the queue fails at once.
+        """
+        with self._condition:
+            self._closed = True
+            waiting, self._waiting = self._waiting, deque()
+            thread = self._thread
+            self._condition.notify_all()
+        _fail([flight for _, flight in waiting], _closed())
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout_s)
+        self._flights.abandon(_closed())
+
+    # --- the queue
+
+    def _enqueue(self, key: K, flight: Flight[V]) -> None:
+        late: list[Flight[V]] = []
+        try:
+            with self._condition:
+                if self._closed:
+                    raise _closed()
+                late = self._without_late()
+                if len(self._waiting) >= self._max_waiting:
+                    raise Overloaded(f"{self._max_waiting} keys wait to be loaded, which is the most; try again later")
+                self._have_thread()
+                self._waiting.append((key, flight))
+                self._condition.notify()
+        finally:
+            _end(late)
+
+    def _without_late(self) -> list[Flight[V]]:
+        """Take those from the queue whom nobody waits for any more. Needs the lock; ascending, as all have one time."""
+        late: list[Flight[V]] = []
+        while self._waiting and self._waiting[0][1].deadline_s <= self._clock():
+            late.append(self._waiting.popleft()[1])
+        return late
+
+    def _have_thread(self) -> None:
+        """See to it that a thread takes from the queue, where one can be had. Needs the lock."""
+        thread, since_s = self._thread, self._calling_since_s
+        hangs = thread is not None and thread.is_alive()
+        if hangs and (since_s is None or self._clock() < since_s + self._timeout_s or self._hung >= MAX_HUNG):
+            return
+        # An empty context: what is loaded for many is no child of the request that happened to ask first.
+        other = threading.Thread(
+            target=contextvars.Context().run, args=(self._run,), name="veltrix-batcher", daemon=True
+        )
+        self._thread, self._calling_since_s = other, None
+        self._hung += hangs  # whoever waits for its call has given up; it ends when that returns
+        try:
+            other.start()
+        except RuntimeError as exc:
+            self._thread, self._calling_since_s = thread, since_s
+            self._hung -= hangs
+            raise Overloaded("no thread can be started to load keys; try again later") from exc
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                if self._thread is not threading.current_thread():
+                    self._hung -= 1
+                    return
+                self._calling_since_s = None
+                self._condition.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                late = self._without_late()
+                batch = [self._waiting.popleft() for _ in range(min(self._max_items, len(self._waiting)))]
+                self._calling_since_s = self._clock()
+            _end(late)
+            if batch:
+                self._load(batch)
+            del batch, late  # nothing is held on to while it waits for more
+
+    def _load(self, batch: Sequence[tuple[K, Flight[V]]]) -> None:
+        try:
+            found = self._load_many([key for key, _ in batch])
+            answers = [found.get(key, _NOTHING) for key, _ in batch]
+        except BaseException as exc:  # noqa: BLE001  # whatever it is, it is told to who waits; the thread goes on
+            _fail([flight for _, flight in batch], exc)
+        else:
+            for (_, flight), answer in zip(batch, answers, strict=True):
+                _answer(flight, answer)
+        finally:
+            # An exception holds this frame by its traceback, and this frame the flights that hold the exception.
+            del batch
+
+    def _after_fork(self) -> None:
+        self._condition = threading.Condition()
+        self._waiting = deque()
+        self._thread = None
+        self._calling_since_s = None
+        self._hung = 0
+
+
+def _answer(flight: Flight[V], answer: Any) -> None:
+    if answer is _NOTHING:
+        flight.fail(StoreError("load_many gave no answer for a key that it was asked for; let it answer for each"))
+    elif isinstance(answer, Exception):
+        flight.fail(answer)
+    else:
+        flight.land(answer)
+
+
+def _fail(flights: Sequence[Flight[V]], error: BaseException) -> None:
+    for flight in flights:
+        flight.fail(error)
+
+
+def _end(late: Sequence[Flight[V]]) -> None:
+    for flight in late:
+        flight.fail(flight.too_late(flight.deadline_s))
+
+
+def _closed() -> StoreUnavailable:
+    return StoreUnavailable("the batcher is closed; make another")
