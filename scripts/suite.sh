@@ -5,14 +5,15 @@
 # one a part.
 #
 # What takes minutes and does not depend on the interpreter is run on the main one alone, as a part of its own: the
-# faults on real servers, their simulation, the cluster's demo, and the contract of stores behind a mirror or of several
-# servers, whose parts each Python runs by themselves.
+# faults on real servers, their simulation, the cluster's demo, and the contract of stores behind a mirror, of several
+# servers or over gRPC, whose parts each Python runs by themselves.
 #
 # Usage: scripts/suite.sh   (the environment .venv must be there)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-once=(faults simulation cli/test_demo_cluster.py stores/test_mirrored.py stores/test_redis_topologies.py)
+once=(faults simulation cli/test_demo_cluster.py)
+once+=(stores/test_mirrored.py stores/test_redis_topologies.py stores/test_etcd_over_grpc.py)
 at_a_time=3
 logs=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$logs"' EXIT

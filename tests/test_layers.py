@@ -83,8 +83,7 @@ USERS: Final = (f"{CORE}.cli", f"{CORE}.admin", "flask_veltrix", "django_veltrix
 EDGES: Final[Mapping[str, tuple[str, ...]]] = {
     "sqlite3": (f"{CORE}.stores.sqlite", f"{CORE}.stores.sqlite_file"),
     "redis": (f"{CORE}.stores.redis_link",),
-    "grpc": (f"{CORE}.stores.etcd",),
-    "etcd3": (f"{CORE}.stores.etcd",),
+    "grpc": (f"{CORE}.stores.etcd_grpc",),
     "urllib3": (f"{CORE}.stores.etcd_gateway",),
     "pydantic": (f"{CORE}.validation",),
     "jsonschema": (f"{CORE}.validation",),

@@ -29,7 +29,7 @@ DEFAULT_NAMESPACE: Final = "default"
 _COMMON: Final = frozenset({"namespace"})
 _LOGIN: Final = frozenset({"user", "password", "user_env", "password_env"})
 _TLS: Final = frozenset({"ca", "cert", "key"})
-_ETCD: Final = _LOGIN | {"timeout_s", "prefix", "values"}
+_ETCD: Final = _LOGIN | {"timeout_s", "prefix", "values", "transport"}
 _REDIS: Final = _COMMON | _LOGIN | {"timeout_s", "keep_revisions", "keep_bytes", "wait_replicas", "wait_timeout_s"}
 _SENTINEL: Final = _REDIS | {f"sentinel_{name}" for name in _LOGIN}
 _OPTIONS: Final[Mapping[str, frozenset[str]]] = {
@@ -84,11 +84,12 @@ _VARIABLE: Final = re.compile(r"[A-Z_][A-Z0-9_]*")
 _DECIMAL: Final = re.compile(r"[0-9]{1,5}")
 _PRIMARY: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")  # what Sentinel itself takes for a name
 _LATER_OPTIONS: Final[Mapping[str, frozenset[str]]] = {
-    "etcd": frozenset({"transport", "discover"}),
-    "etcds": frozenset({"transport", "discover"}),
+    "etcd": frozenset({"discover"}),
+    "etcds": frozenset({"discover"}),
 }
 _FLOATS: Final = frozenset({"timeout_s", "wait_timeout_s"})
 _WHOLE: Final = frozenset({"keep_revisions", "keep_bytes", "wait_replicas"})
+_CHOICES: Final[Mapping[str, tuple[str, str]]] = {"values": ("json", "text"), "transport": ("gateway", "grpc")}
 _ETCD_SCHEMES: Final = frozenset({"etcd", "etcds"})
 _ONE_HOST: Final = frozenset({"redis", "rediss"})
 _BOOKKEEPING: Final = ".veltrix/"
@@ -101,7 +102,7 @@ class StoreUrl:
     `name` is the path of a file (absolute), the name of a shared in-memory store, or what sentinels call the primary,
     and empty for other servers; `hosts` are the servers' (host, port), of sentinels where they are asked, `db` the
     number of a Redis database. `options` are what else the query gave: numbers with their units in their names, names
-    of files (absolute), `prefix`, `values`.
+    of files (absolute), `prefix`, `values`, `transport`.
     """
 
     scheme: str
@@ -435,8 +436,8 @@ def _credential(scheme: str, name: str, written: str, query: dict[str, str], env
 def _option(scheme: str, name: str, text: str) -> float | int | str:
     if name in _FLOATS or name in _WHOLE:
         return _number(scheme, name, text)
-    if name == "values" and text not in {"json", "text"}:
-        raise SettingsError(f"values in the {scheme}:// URL is json or text")
+    if name in _CHOICES and text not in _CHOICES[name]:
+        raise SettingsError(f"{name} in the {scheme}:// URL is {' or '.join(_CHOICES[name])}")
     if not text:
         raise SettingsError(f"{name} in the {scheme}:// URL is empty; leave it out")
     if name in _TLS:

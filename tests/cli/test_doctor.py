@@ -19,7 +19,7 @@ from tests.support.redis_servers import Certificates, RedisServer, redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
 from veltrix_mw.diagnosis import diagnose
-from veltrix_mw.stores.etcd_gateway import Gateway
+from veltrix_mw.stores.etcd_members import Members
 from veltrix_mw.stores.etcd_probe import known_faults
 
 Put = Callable[[str, Any], int]
@@ -495,13 +495,13 @@ def test_a_reader_of_a_redis_authority_leaves_unmade_what_info_tells(shell: Shel
 
 def test_each_check_of_etcd_asks_by_one_deadline(cluster: EtcdCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
-    call = Gateway.call
+    call = Members.call
 
-    def noted(self: Gateway, *arguments: Any, deadline_s: float, **options: Any) -> Any:
+    def noted(self: Members, *arguments: Any, deadline_s: float, **options: Any) -> Any:
         asked.append(deadline_s)
         return call(self, *arguments, deadline_s=deadline_s, **options)
 
-    monkeypatch.setattr(Gateway, "call", noted)
+    monkeypatch.setattr(Members, "call", noted)
     calls = {}
     for finding in diagnose(etcd_url(cluster), mirror=""):
         calls[finding.check] = (len(asked), len(set(asked)))
@@ -545,6 +545,17 @@ def test_a_gateway_that_is_off(shell: Shell) -> None:
     with etcd(options=["--enable-grpc-gateway=false"]) as cluster:
         shell.store = etcd_url(cluster)
         refused(examined(shell), "authority", "service", "has its gRPC gateway off")
+
+
+def test_over_grpc_a_gateway_that_is_off_is_no_fault(shell: Shell) -> None:
+    with etcd(options=["--enable-grpc-gateway=false"]) as cluster:
+        cluster.put("shop/a", "1")
+        shell.store = f"{etcd_url(cluster)}&transport=grpc"
+        report = examined(shell)
+    assert report.failed == []
+    assert "answers over gRPC" in report.text("authority", "service")
+    for check in ("read", "write", "clock", "round trip"):
+        assert report.state("authority", check) == "ok"
 
 
 def test_a_cluster_without_a_quorum(shell: Shell) -> None:

@@ -52,8 +52,16 @@ def _given(monkeypatch: pytest.MonkeyPatch, cls: type, url: str, opening: Any) -
 def test_all_that_an_etcd_url_says_reaches_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     from veltrix_mw.stores.etcd import EtcdStore
 
-    url = "etcds://ann:pw@h1,h2:23?timeout_s=1.5&ca=/ca&cert=/c&key=/k&prefix=/p/&values=text"
-    options = {"ca": "/ca", "cert": "/c", "key": "/k", "timeout_s": 1.5, "prefix": "/p/", "values": "text"}
+    url = "etcds://ann:pw@h1,h2:23?timeout_s=1.5&ca=/ca&cert=/c&key=/k&prefix=/p/&values=text&transport=grpc"
+    options = {
+        "transport": "grpc",
+        "ca": "/ca",
+        "cert": "/c",
+        "key": "/k",
+        "timeout_s": 1.5,
+        "prefix": "/p/",
+        "values": "text",
+    }
     assert _given(monkeypatch, EtcdStore, url, open_store) == {
         "place": ((("h1", 2379), ("h2", 23)),),
         "lazy": (),
@@ -125,6 +133,7 @@ def test_what_cannot_be_a_mirror_is_told_what_can(url: str) -> None:
     ("opening", "url", "driver", "extra"),
     [
         ("open_store", "etcds://h1/shop", "urllib3", "etcd"),
+        ("open_store", "etcd://h1/shop?transport=grpc", "grpc", "grpc"),
         ("open_store", "redis://h1?namespace=shop", "redis", "redis"),
         ("open_mirror", "rediss://h1?namespace=shop", "redis", "redis"),
     ],
@@ -149,13 +158,15 @@ def test_a_missing_driver_is_named_with_the_extra_that_brings_it(
         ("memory://", set[str]()),
         ("sqlite:////srv/x.db", {"sqlite3"}),
         ("etcd://h1/shop", {"urllib3"}),
+        ("etcd://h1/shop?transport=gateway", {"urllib3"}),
+        ("etcd://h1/shop?transport=grpc", {"grpc"}),
         ("redis://h1?namespace=shop", {"redis"}),
     ],
 )
 def test_opening_loads_the_driver_of_its_scheme_and_no_other(url: str, loaded: set[str]) -> None:
     show = (
         "import sys; from veltrix_mw.settings import parse_url; from veltrix_mw.stores.opening import open_store; "
-        f"open_store(parse_url({url!r})); print(*({{'sqlite3', 'urllib3', 'redis'}} & {{*sys.modules}}))"
+        f"open_store(parse_url({url!r})); print(*({{'sqlite3', 'urllib3', 'redis', 'grpc'}} & {{*sys.modules}}))"
     )
     done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == loaded

@@ -28,7 +28,7 @@ START_S = 30.0
 
 @dataclass(frozen=True)
 class Certificates:
-    """Files in PEM: a CA, a server's certificate for 127.0.0.1, and a client's without a common name."""
+    """Files in PEM: a CA, a server's certificate for 127.0.0.1, and a client's, by default without a common name."""
 
     ca: Path
     cert: Path
@@ -276,7 +276,7 @@ def etcd(
             cluster.close()
 
 
-def make_certificates(folder: Path, *, days: int = 2) -> Certificates:
+def make_certificates(folder: Path, *, days: int = 2, client_subject: str = "/O=veltrix") -> Certificates:
     """A CA, and what it signed; with `days` below 0 the server's certificate has expired."""
 
     def run(*arguments: str) -> None:
@@ -296,5 +296,5 @@ def make_certificates(folder: Path, *, days: int = 2) -> Certificates:
         "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-keyout", "ca.key", "-out", "ca.pem")  # fmt: skip
     usage = "extendedKeyUsage=serverAuth,clientAuth\nauthorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n"
     signed("server", "/CN=etcd", extensions=f"subjectAltName=IP:127.0.0.1\n{usage}", days=days)
-    signed("client", "/O=veltrix", extensions=usage, days=2)
+    signed("client", client_subject, extensions=usage, days=2)
     return Certificates(*(folder / name for name in ("ca.pem", "server.pem", "server.key", "client.pem", "client.key")))

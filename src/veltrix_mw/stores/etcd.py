@@ -1,7 +1,8 @@
-"""The store in etcd: the authority of a fleet, listed, watched and confirmed over its JSON gateway.
+"""The store in etcd: the authority of a fleet, listed, watched and confirmed.
 
-Owns what is asked of etcd and what its answers prove. Knows nothing of what values mean, nor of how messages travel
-(`etcd_gateway`), how keys are named (`etcd_space`) or how a watch's messages become revisions (`etcd_watch`).
+Owns what is asked of etcd and what its answers prove. Knows nothing of what values mean, nor of which member answers
+(`etcd_members`), how messages travel to it (`etcd_gateway`, `etcd_grpc`), how keys are named (`etcd_space`) or how a
+watch's messages become revisions (`etcd_watch`).
 
 A revision is etcd's own. Every write of ours overwrites the record, in the same transaction, so the record read at a
 revision says whether that revision was ours, and its random mark whether it is the one that was followed.
@@ -32,13 +33,16 @@ from veltrix_mw.protocols import (
 )
 from veltrix_mw.settings import shown
 from veltrix_mw.stores.conditions import check
-from veltrix_mw.stores.etcd_gateway import CompactedAt, FutureRevision, Gateway, WatchStream
+from veltrix_mw.stores.etcd_members import CompactedAt, FutureRevision, Members, WatchStream
 from veltrix_mw.stores.etcd_messages import (
+    RANGE,
+    TRANSACT,
     Answer,
     Compare,
     Event,
     KeyValue,
     Message,
+    Method,
     Operation,
     Range,
     Ranged,
@@ -47,6 +51,7 @@ from veltrix_mw.stores.etcd_messages import (
     WatchCreate,
 )
 from veltrix_mw.stores.etcd_space import Change, Space, agrees, foreign_mark, is_derived
+from veltrix_mw.stores.etcd_transports import TransportName, make_transport
 from veltrix_mw.stores.etcd_watch import CHANGE, ENTRIES, LABEL, EtcdWatch, Opened
 from veltrix_mw.stores.etcd_witness import Witness
 from veltrix_mw.stores.tls import Tls
@@ -120,6 +125,7 @@ class EtcdStore:
         values: Literal["json", "text"] = "json",
         lazy: Sequence[str] = (),
         renew_watch_s: float = _RENEW_WATCH_S,
+        transport: TransportName = "gateway",
     ) -> None:
         """Name the members; nothing is opened.
 
@@ -127,12 +133,12 @@ class EtcdStore:
         `prefix` stands in place of `<namespace>/` before each key. `values="text"` takes what is not JSON as a string.
         `lazy` are the prefixes that are left out wherever the namespace is listed, watched or counted.
         `renew_watch_s` is how often a watch is opened anew, so that a permission that was taken away is noticed: five
-        minutes, as a confirmation notices it sooner.
+        minutes, as a confirmation notices it sooner. `transport` is what is spoken: etcd's JSON gateway, or gRPC.
         """
         self._space = Space(namespace, prefix=prefix, lazy=lazy, is_text=values == "text")
-        self._gateway = Gateway(
+        self._members = Members(
             hosts,
-            tls=Tls(ca, cert, key) if tls else None,
+            make_transport(transport, Tls(ca, cert, key) if tls else None),
             user=user,
             password=password,
             timeout_s=timeout_s,
@@ -204,7 +210,7 @@ class EtcdStore:
         if _is_foreign(position):
             asked.append(self._put_at(applied, 0))
         answer = self._ranges(asked, deadline_s)
-        cost_s = self._gateway.served_in_s
+        cost_s = self._members.served_in_s
         witness.check()
         label, change = _text(answer.ranges[0]), _change(answer.ranges[1])
         found, *others = answer.ranges[2:]
@@ -242,7 +248,7 @@ class EtcdStore:
                 labelled = Compare.at(space.label, 0)
                 extra = [Operation.put(space.label, secrets.token_hex(8).encode())]
             asked = Transaction([*writes, *extra], [*compare, labelled], look)
-            answer = self._call("/v3/kv/txn", asked, Transacted, deadline_s, once=True)
+            answer = self._call(TRANSACT, asked, deadline_s, once=True)
             if answer.succeeded:
                 return answer.header.revision
             *entries, label = answer.ranges
@@ -281,7 +287,7 @@ class EtcdStore:
         while True:
             # Sent twice it does no harm: the second finds what the first one wrote.
             asked = Transaction([Operation.put(label, renewed.encode())], [condition], look)
-            answer = self._call("/v3/kv/txn", asked, Transacted, deadline_s)
+            answer = self._call(TRANSACT, asked, deadline_s)
             stored = renewed if answer.succeeded else _text(answer.ranges[0])
             if stored or condition is absent:
                 return stored
@@ -319,7 +325,7 @@ class EtcdStore:
             watches = tuple(self._watches)
         for watch in watches:
             watch.close()
-        self._gateway.close()
+        self._members.close()
 
     # --- for its watches
 
@@ -334,7 +340,7 @@ class EtcdStore:
             WatchCreate(space.label, b"", verified.asked_at + 1, LABEL, fragment=True),
         ]
         try:
-            stream = self._gateway.watch(creates, deadline_s=deadline_s)
+            stream = self._members.watch(creates, deadline_s=deadline_s)
         except CompactedAt as exc:
             raise Compacted(f"etcd no longer keeps what follows revision {position.revision}; list again") from exc
         try:
@@ -373,20 +379,20 @@ class EtcdStore:
         assert self._witness  # makes the lock anew in a child
         return self._lock
 
-    def _call(self, path: str, request: Message, kind: type[A], deadline_s: float, *, once: bool = False) -> A:
+    def _call(self, method: Method[A], request: Message, deadline_s: float, *, once: bool = False) -> A:
         """A call whose answer is linearizable, and so a witness."""
         witness = self._witness
         before = witness.seen
-        answer = self._gateway.call(path, request, kind, deadline_s=deadline_s, once=once)
+        answer = self._members.call(method, request, deadline_s=deadline_s, once=once)
         witness.answered(answer.header, before)
         return answer
 
     def _range(self, asked: Range, deadline_s: float) -> Ranged:
-        return self._call("/v3/kv/range", asked, Ranged, deadline_s)
+        return self._call(RANGE, asked, deadline_s)
 
     def _ranges(self, asked: Sequence[Range], deadline_s: float) -> Transacted:
         """All of them at one moment."""
-        return self._call("/v3/kv/txn", Transaction([Operation.range(each) for each in asked]), Transacted, deadline_s)
+        return self._call(TRANSACT, Transaction([Operation.range(each) for each in asked]), deadline_s)
 
     def _past(self, revision: int, deadline_s: float) -> int:
         """The revision to ask for what was there at `revision`, 0 where nothing was. Raises unless it is known."""
@@ -607,7 +613,7 @@ class EtcdStore:
             if not current and change:
                 creates.append(WatchCreate(self._space.change, b"", change, CHANGE, fragment=True))
             try:
-                stream = self._gateway.watch(creates, deadline_s=deadline_s)
+                stream = self._members.watch(creates, deadline_s=deadline_s)
                 try:
                     return self._all_events(stream, current, change, deadline_s), oldest
                 finally:

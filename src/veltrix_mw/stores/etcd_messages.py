@@ -1,16 +1,21 @@
 """etcd's messages, as far as the store needs them.
 
-Owns their shapes, and the JSON that etcd's gateway reads and writes: bytes are base64, 64-bit numbers may be strings,
-what is empty is left out. Knows nothing of how they travel, nor of what the keys mean.
+Owns their shapes and the methods that take them, and the JSON that etcd's gateway reads and writes: bytes are base64,
+64-bit numbers may be strings, what is empty is left out. Knows nothing of how they travel, nor of what the keys mean.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 
 __all__ = [
+    "AUTHENTICATE",
+    "RANGE",
+    "STATUS",
+    "TRANSACT",
     "Answer",
     "Authenticate",
     "Authenticated",
@@ -19,13 +24,17 @@ __all__ = [
     "Header",
     "KeyValue",
     "Message",
+    "Method",
     "Operation",
     "Put",
     "Range",
     "Ranged",
     "Result",
+    "Status",
+    "StatusAsked",
     "Transacted",
     "Transaction",
+    "WatchAsked",
     "WatchCreate",
     "Watched",
     "decode",
@@ -122,6 +131,16 @@ class WatchCreate(Message, frozen=True):
     fragment: bool = False
 
 
+class WatchAsked(Message, frozen=True):
+    """One message to a stream of watches."""
+
+    create_request: WatchCreate | None = None
+
+
+class StatusAsked(Message, frozen=True):
+    pass
+
+
 class Authenticate(Message, frozen=True):
     name: str
     password: str
@@ -196,7 +215,30 @@ class Watched(Answer, frozen=True):
     events: list[Event] = []
 
 
+class Status(Answer, frozen=True):
+    """A member's state; `leader` is its leader's id, as digits, "0" or empty while it has none."""
+
+    version: str = ""
+    leader: str = ""
+    errors: list[str] = []
+
+
 A = TypeVar("A")
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[A]):
+    """A method of etcd's: its path in the gateway, its name in gRPC, and what it answers."""
+
+    path: str
+    name: str
+    answer: type[A]
+
+
+RANGE: Final = Method("/v3/kv/range", "/etcdserverpb.KV/Range", Ranged)
+TRANSACT: Final = Method("/v3/kv/txn", "/etcdserverpb.KV/Txn", Transacted)
+AUTHENTICATE: Final = Method("/v3/auth/authenticate", "/etcdserverpb.Auth/Authenticate", Authenticated)
+STATUS: Final = Method("/v3/maintenance/status", "/etcdserverpb.Maintenance/Status", Status)
 
 _encode: Final = msgspec.json.Encoder().encode
 _decoders: Final[dict[type[Any], msgspec.json.Decoder[Any]]] = {}
@@ -208,7 +250,7 @@ def encode(message: Message) -> bytes:
 
 def encode_creates(creates: list[WatchCreate]) -> bytes:
     """The requests of one watch stream, one a line."""
-    return b"\n".join(_encode({"create_request": create}) for create in creates)
+    return b"\n".join(_encode(WatchAsked(create)) for create in creates)
 
 
 def decode(raw: bytes, kind: type[A]) -> A:

@@ -17,18 +17,22 @@ from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.findings import Said, Step, fail, not_made, ok, warn
 from veltrix_mw.protocols import Leaderless, NotLetIn, NotPermitted, Silent
 from veltrix_mw.settings import Host, StoreUrl, shown
-from veltrix_mw.stores.etcd_gateway import Gateway
+from veltrix_mw.stores.etcd_dialing import Dialer
+from veltrix_mw.stores.etcd_members import Members
 from veltrix_mw.stores.etcd_messages import (
-    Answer,
+    RANGE,
+    STATUS,
+    TRANSACT,
     Compare,
-    Message,
     Operation,
     Range,
     Ranged,
-    Transacted,
+    Status,
+    StatusAsked,
     Transaction,
 )
 from veltrix_mw.stores.etcd_space import Space
+from veltrix_mw.stores.etcd_transports import TransportName, make_transport
 from veltrix_mw.stores.network_probe import Fault, NetworkProbe, ask_each, judged
 from veltrix_mw.stores.pace import clock_said, paced
 from veltrix_mw.stores.tls import Tls
@@ -47,18 +51,6 @@ _OLDEST: Final = (3, 4, 0)  # whose gateway answers at /v3
 _NEWEST_KEYS: Final = 20  # looked through for one that is an entry
 
 
-class _StatusAsked(Message, frozen=True):
-    pass
-
-
-class _Status(Answer, frozen=True):
-    """A member's state; `leader` is its leader's id, "0" or empty while it has none."""
-
-    version: str = ""
-    leader: str = ""
-    errors: tuple[str, ...] = ()
-
-
 class EtcdProbe:
     """Looks at a namespace in etcd."""
 
@@ -71,12 +63,13 @@ class EtcdProbe:
         self._user = url.user
         self._password = url.password
         self._tls = Tls(options.get("ca"), options.get("cert"), options.get("key")) if url.tls else None
+        self._transport: TransportName = options.get("transport", "gateway")
         self._timeout_s = timeout_s
         self._network = NetworkProbe(url.hosts, tls=self._tls, plain="etcd")
         self._named = len(url.hosts)
-        self._statuses: dict[Host, _Status] = {}
-        self._gateways: list[Gateway] = []
-        self._as_user: Gateway | None = None
+        self._statuses: dict[Host, Status] = {}
+        self._opened: list[Members] = []
+        self._as_user: Members | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -94,31 +87,32 @@ class EtcdProbe:
         )
 
     def close(self) -> None:
-        for gateway in self._gateways:
-            gateway.close()
+        for members in self._opened:
+            members.close()
 
     # --- who answers
 
     def _service(self, by_s: float) -> Said:
         results = ask_each(self._network.reached, lambda host: self._status(host, by_s), by_s)
         for host, result in results.items():
-            if isinstance(result, _Status):
+            if isinstance(result, Status):
                 self._statuses[host] = result
+        way = "over gRPC" if self._transport == "grpc" else "through its gateway"
         told = {
-            host: result if isinstance(result, Fault) else f"{shown(host)} answers through its gateway"
+            host: result if isinstance(result, Fault) else f"{shown(host)} answers {way}"
             for host, result in results.items()
         }
         self._network.reached, said = judged(told, join=", ")
         return said
 
-    def _status(self, host: Host, by_s: float) -> _Status:
-        gateway = self._gateway([host], as_user=False)
+    def _status(self, host: Host, by_s: float) -> Status:
+        members = self._members([host], as_user=False)
         try:
-            return gateway.call("/v3/maintenance/status", _StatusAsked(), _Status, deadline_s=by_s)
+            return members.call(STATUS, StatusAsked(), deadline_s=by_s)
         except (NotLetIn, NotPermitted):
-            return _Status(leader="?")  # it answers, and has users: what it says of itself is not for everybody
+            return Status(leader="?")  # it answers, and has users: what it says of itself is not for everybody
         except Leaderless:
-            return _Status()
+            return Status()
         except Silent as exc:
             raise Fault(f"{exc}; it takes connections: is the process stopped, or its machine overloaded?") from exc
         except StoreError as exc:
@@ -136,8 +130,8 @@ class EtcdProbe:
             return fail(f"no member has a leader, so nothing is read or written: {remedy}")
         self._network.reached = [host for host in self._network.reached if host not in leaderless]
         try:
-            gateway = self._gateway(self._network.reached, as_user=False)
-            self._range(gateway, Range(self._space.label, count_only=True), by_s)
+            members = self._members(self._network.reached, as_user=False)
+            self._range(members, Range(self._space.label, count_only=True), by_s)
         except AuthFailed:
             pass  # whom it serves is the next question: this one was answered by a majority
         except StoreUnavailable as exc:
@@ -180,7 +174,7 @@ class EtcdProbe:
         space = self._space
         asked = Transaction([Operation.range(Range(space.label)), Operation.range(Range(space.change))])
         try:
-            answer = self._as_given().call("/v3/kv/txn", asked, Transacted, deadline_s=by_s)
+            answer = self._as_given().call(TRANSACT, asked, deadline_s=by_s)
         except NotPermitted:
             return fail(
                 f"{self._who} may not read {self._bookkept!r}, where a follower finds incarnation and record: "
@@ -202,7 +196,7 @@ class EtcdProbe:
         ):
             never = Transaction([Operation.put(name, b"0")], [Compare.at(name, -1)])
             try:
-                self._as_given().call("/v3/kv/txn", never, Transacted, deadline_s=by_s)
+                self._as_given().call(TRANSACT, never, deadline_s=by_s)
             except NotPermitted:
                 barred.append(told)
         if not barred:
@@ -245,9 +239,8 @@ class EtcdProbe:
         return clock_said(shown(host), worst_s, exact_to_s=1.0)
 
     def _ahead_s(self, host: Host, by_s: float) -> float:
-        gateway = self._gateway([host], as_user=False)
         sent_s = time.time()
-        answered = gateway.page(host, "/version", deadline_s=by_s)
+        answered = Dialer(self._tls).page(host, "/version", deadline_s=by_s)
         received_s = time.time()
         try:
             dated = "" if answered is None else answered[0].headers.get("date", "")
@@ -280,26 +273,26 @@ class EtcdProbe:
     def _grant(access: str, prefix: str) -> str:
         return f"etcdctl role grant-permission ROLE --prefix=true {access} '{prefix}'"
 
-    def _gateway(self, hosts: Sequence[Host], *, as_user: bool) -> Gateway:
-        gateway = Gateway(
+    def _members(self, hosts: Sequence[Host], *, as_user: bool) -> Members:
+        members = Members(
             hosts,
-            tls=self._tls,
+            make_transport(self._transport, self._tls),
             user=self._user if as_user else None,
             password=self._password if as_user else None,
             timeout_s=self._timeout_s,
         )
-        self._gateways.append(gateway)
-        return gateway
+        self._opened.append(members)
+        return members
 
-    def _as_given(self) -> Gateway:
+    def _as_given(self) -> Members:
         """The members that answer, as the user: with one token for all checks."""
         if self._as_user is None:
-            self._as_user = self._gateway(self._network.reached, as_user=True)
+            self._as_user = self._members(self._network.reached, as_user=True)
         return self._as_user
 
     @staticmethod
-    def _range(gateway: Gateway, asked: Range, by_s: float) -> Ranged:
-        return gateway.call("/v3/kv/range", asked, Ranged, deadline_s=by_s)
+    def _range(members: Members, asked: Range, by_s: float) -> Ranged:
+        return members.call(RANGE, asked, deadline_s=by_s)
 
 
 def known_faults(version: str) -> tuple[str, ...]:

@@ -214,6 +214,12 @@ class Connection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _open.add(self)
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it goes to, as numbers."""
+        host, port = socket.getnameinfo(self._sock.getpeername(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+        return host, int(port)
+
     def send(self, data: bytes, by_s: float) -> None:
         """Send all of it. Raises `OSError`, and then not all of it was sent."""
         self._sock.settimeout(max(0.001, by_s - time.monotonic()))

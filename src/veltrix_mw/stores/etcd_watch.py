@@ -18,7 +18,7 @@ from typing import Final, Protocol
 
 from veltrix_mw.errors import StoreUnavailable
 from veltrix_mw.protocols import Batch, ChangeRecord, Position, RawChange, Restored
-from veltrix_mw.stores.etcd_gateway import WatchStream
+from veltrix_mw.stores.etcd_members import WatchStream
 from veltrix_mw.stores.etcd_messages import Event, Watched
 from veltrix_mw.stores.etcd_space import Change, Space, foreign_mark, is_derived
 from veltrix_mw.stores.etcd_witness import Witness

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from veltrix_mw.errors import SettingsError
 from veltrix_mw.protocols import Store
@@ -39,12 +39,12 @@ def open_store(url: StoreUrl, *, lazy: Sequence[str] = ()) -> Store:
 
             return SqliteStore(url.name, namespace=url.namespace, lazy=lazy, **options)
         case "etcd" | "etcds":
-            with _driver(url, "urllib3", extra="etcd"):
-                from veltrix_mw.stores.etcd import EtcdStore
+            from veltrix_mw.stores.etcd import EtcdStore
 
-            return EtcdStore(url.hosts, **_server(url), lazy=lazy, **options)
+            with _driver(url, "grpc" if options.get("transport") == "grpc" else "urllib3"):
+                return EtcdStore(url.hosts, **_server(url), lazy=lazy, **options)
         case _ if url.is_redis:
-            with _driver(url, "redis", extra="redis"):
+            with _driver(url, "redis"):
                 from veltrix_mw.stores.redis import RedisStore
             from veltrix_mw.stores.redis_routes import route_of
 
@@ -61,7 +61,7 @@ def open_mirror(url: StoreUrl) -> RedisMirror:
     """The mirror of `url`; nothing is connected or read before its first call. Raises `SettingsError`."""
     if not url.is_redis:
         raise SettingsError(f"a mirror is a Redis, for example redis://h4:6379/0; not {url.scheme}://")
-    with _driver(url, "redis", extra="redis"):
+    with _driver(url, "redis"):
         from veltrix_mw.stores.redis_mirror import RedisMirror
     from veltrix_mw.stores.redis_routes import route_of
 
@@ -84,12 +84,11 @@ def open_probe(url: StoreUrl, *, timeout_s: float) -> EtcdProbe | RedisProbe | S
 
             return SqliteProbe(url)
         case "etcd" | "etcds":
-            with _driver(url, "urllib3", extra="etcd"):
-                from veltrix_mw.stores.etcd_probe import EtcdProbe
+            from veltrix_mw.stores.etcd_probe import EtcdProbe
 
             return EtcdProbe(url, timeout_s=timeout_s)
         case _ if url.is_redis:
-            with _driver(url, "redis", extra="redis"):
+            with _driver(url, "redis"):
                 from veltrix_mw.stores.redis_probe import RedisProbe
 
             return RedisProbe(url, role="authority", timeout_s=timeout_s)
@@ -99,7 +98,7 @@ def open_probe(url: StoreUrl, *, timeout_s: float) -> EtcdProbe | RedisProbe | S
 
 def open_mirror_probe(url: StoreUrl, *, lazy: Sequence[str], timeout_s: float) -> RedisProbe:
     """What looks for faults between here and the mirror of `url`, read with these `lazy` prefixes."""
-    with _driver(url, "redis", extra="redis"):
+    with _driver(url, "redis"):
         from veltrix_mw.stores.redis_probe import RedisProbe
 
     return RedisProbe(url, role="mirror", lazy=lazy, timeout_s=timeout_s)
@@ -109,11 +108,15 @@ def _server(url: StoreUrl) -> dict[str, Any]:
     return {"namespace": url.namespace, "tls": url.tls, "user": url.user, "password": url.password}
 
 
+_EXTRAS: Final = {"redis": "redis", "urllib3": "etcd", "grpc": "grpc"}
+
+
 @contextmanager
-def _driver(url: StoreUrl, name: str, *, extra: str) -> Iterator[None]:
+def _driver(url: StoreUrl, name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as exc:
         if exc.name is None or exc.name.partition(".")[0] != name:
             raise
+        extra = _EXTRAS[name]
         raise SettingsError(f"{url.scheme}:// needs the driver {name}: pip install 'veltrix-mw[{extra}]'") from exc
