@@ -28,14 +28,20 @@ from tests.faults.checker import Answer, Checker, Publication, Write
 from tests.support.etcd_servers import EtcdCluster, Member
 from tests.support.etcd_servers import etcd as etcd_cluster
 from tests.support.proxy import Proxy
-from tests.support.redis_servers import RedisServer, redis_server
+from tests.support.redis_servers import ClusterSet, RedisServer, RedisSet, SentinelSet, redis_server
 from tests.support.serving import ROOT, Served, serve
 from tests.support.waiting import wait_until
+from veltrix_mw.errors import StoreError
+from veltrix_mw.protocols import ChangeRecord, Listing, RawOperation
+from veltrix_mw.settings import parse_url
 from veltrix_mw.snapshot import digest_of
+from veltrix_mw.stores.opening import open_store
+from veltrix_mw.values import MISSING
 
 __all__ = ["NAMESPACE", "SLACK", "Links", "Rig", "rig"]
 
 NAMESPACE: Final = "shop"
+LOCAL: Final = "127.0.0.1"
 
 SLACK: Final = float(os.environ.get("VELTRIX_SLACK", "1.5"))
 """The promised bounds are for a machine of one's own; tests share two noisy cores, so each bound is times this."""
@@ -46,11 +52,17 @@ WATCHING: Final = b"POST /v3/watch"
 
 
 class Links:
-    """A proxy before each member of etcd and before Redis, for one group of processes."""
+    """A proxy before each member of etcd and before Redis, for one group of processes.
 
-    def __init__(self, cluster: EtcdCluster, redis: RedisServer | None) -> None:
+    There is none before sets of Redis servers, which say themselves where they are.
+    """
+
+    def __init__(self, cluster: EtcdCluster, redis: RedisSet | None) -> None:
         self.etcd = {member.name: Proxy(member.port) for member in cluster.members}
-        self.redis = None if redis is None else Proxy(redis.port)
+        self.redis = Proxy(redis.port) if isinstance(redis, RedisServer) else None
+        self._url = (
+            None if redis is None else redis.url if self.redis is None else f"redis://{LOCAL}:{self.redis.port}/0"
+        )
 
     @property
     def all(self) -> list[Proxy]:
@@ -59,9 +71,11 @@ class Links:
     @property
     def environment(self) -> dict[str, str]:
         hosts = ",".join(f"127.0.0.1:{proxy.port}" for proxy in self.etcd.values())
+        if not self.etcd:
+            return {"VELTRIX_URL": f"{self._url}?namespace={NAMESPACE}"}
         found = {"VELTRIX_URL": f"etcd://{hosts}/{NAMESPACE}"}
-        if self.redis is not None:
-            found["VELTRIX_MIRROR_URL"] = f"redis://127.0.0.1:{self.redis.port}/0"
+        if self._url is not None:
+            found["VELTRIX_MIRROR_URL"] = self._url
         return found
 
     def watched(self) -> str:
@@ -163,7 +177,7 @@ class Writer:
                 continue
             try:
                 self.write(self._next())
-            except (OSError, http.client.HTTPException, KeyError, ValueError):
+            except (OSError, http.client.HTTPException, KeyError, ValueError, StoreError):
                 self.failed += 1
                 self._turn += 1
             self._stopping.wait(self._every_s)
@@ -239,6 +253,37 @@ class Writer:
         return digest % (1 << 64), len(pairs)
 
 
+class StoreWriter(Writer):
+    """Writes to Redis as the authority, at the servers themselves."""
+
+    def __init__(self, url: str, *, every_s: float) -> None:
+        super().__init__(EtcdCluster(Path(), []), every_s=every_s)
+        self._store = open_store(parse_url(url, namespace=NAMESPACE))
+
+    def stop(self) -> None:
+        super().stop()
+        self._store.close()
+
+    def write(self, operations: Mapping[str, str | None], *, timeout_s: float = 2.0) -> Write:
+        raw = [RawOperation(key, MISSING if value is None else value.encode()) for key, value in operations.items()]
+        sent_s = time.monotonic()
+        revision = self._store.commit(raw, ChangeRecord(), timeout_s=timeout_s)
+        self.writes.append(Write(revision, sent_s, time.monotonic()))
+        return self.writes[-1]
+
+    def truth(self, revision: int = 0) -> tuple[int, int]:
+        assert not revision
+
+        def read() -> Listing | None:
+            with contextlib.suppress(StoreError):
+                return self._store.list(timeout_s=5.0)
+            return None
+
+        listing = wait_until(read, 30, reason="Redis is listed")
+        assert listing is not None
+        return sum(digest_of(key, mod) for key, _, mod in listing.entries) % (1 << 64), len(listing.entries)
+
+
 def _b64(key: str, *, end: bool = False) -> str:
     prefix = NAMESPACE + ("0" if end else "/")  # "0" follows "/"
     return base64.b64encode(f"{prefix}{key}".encode()).decode()
@@ -280,8 +325,9 @@ class Load:
 class Rig:
     """All of it, running."""
 
-    cluster: EtcdCluster
+    cluster: EtcdCluster  # of no member where Redis is the authority
     redis: RedisServer | None
+    servers: SentinelSet | ClusterSet | None
     links: Links
     relays: list[RelayProcess]
     served: Served
@@ -306,12 +352,15 @@ class Rig:
                 self.checker.published(json.loads(line))
         return self.checker.publications
 
-    def caught_up_s(self, revision: int, timeout_s: float) -> float:
-        """Wait until every worker has published `revision` or a later one; when the last one did."""
+    def caught_up_s(self, revision: int, timeout_s: float, *, after_s: float = 0.0) -> float:
+        """Wait until every worker has published `revision` or a later one; when the last one did.
+
+        After `after_s`: a revision that was lost may have been published before.
+        """
 
         def all_did() -> float:
             times = [
-                next((each.t for each in published if each.revision >= revision), None)
+                next((each.t for each in published if each.revision >= revision and each.t >= after_s), None)
                 for published in self.publications().values()
             ]
             return max((each for each in times if each), default=0.0) if None not in times else 0.0
@@ -365,12 +414,27 @@ class Rig:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.told()}") from None
 
+    def recovers_within(self, bound_s: float, fault: Callable[[], None]) -> None:
+        """Do what `fault` does, to its end; then every worker serves what is written, and all are equal once healed."""
+        try:
+            fault()
+            ended_s = time.monotonic()
+            write = self.writer.first_after(ended_s)
+            took_s = self.caught_up_s(write.revision, bound_s * SLACK + 1, after_s=ended_s) - ended_s
+            print(f"caught up {took_s:.2f} s after, written again {write.acknowledged_s - ended_s:.2f} s after")
+            assert took_s <= bound_s * SLACK, f"{took_s:.2f} s\n{self.told()}"
+        finally:
+            self.heal()
+        self.equal_within(bound_s)
+        self.steady()
+
     # --- who is who
 
     def holder(self) -> str:
         """The instance that holds the relay's lease, as Redis says."""
-        assert self.redis is not None
-        held = self.redis.run("GET", f"veltrix:{{{NAMESPACE}}}:lease") or b""
+        lease, mirror = f"veltrix:{{{NAMESPACE}}}:lease", self.redis or self.servers
+        assert mirror is not None
+        held = mirror.owner_of(lease).run("GET", lease) or b""
         return next((each.name for each in self.relays if each.name.encode() in held), "")
 
     def relay(self) -> RelayProcess:
@@ -383,7 +447,7 @@ class Rig:
 
     def steady(self) -> None:
         """Wait until all is well: a relay, and every worker on the tier of first choice, equal to etcd."""
-        if self.redis is not None:
+        if self.relays:
             self.relay()
             self.until_status(
                 lambda told: told["origin"] == "redis" and not told["stale"] and all(
@@ -393,7 +457,7 @@ class Rig:
             )  # fmt: skip
         else:
             self.until_status(
-                lambda told: told["tiers"][0]["state"] == "following", 30, reason="every worker follows etcd"
+                lambda told: told["tiers"][0]["state"] == "following", 30, reason="every worker follows the authority"
             )
         self.equal_within(12)
 
@@ -420,6 +484,8 @@ class Rig:
             if self.redis._process is None:
                 self.redis.start()
             self.redis.cont()
+        if self.servers is not None:
+            self.servers.heal()
         for relay in self.relays:
             if relay.process is None:
                 relay.start()
@@ -438,18 +504,27 @@ def rig(
     environment: Mapping[str, str] | None = None,
     load: bool = True,
     writes_every_s: float = 0.1,
+    servers: SentinelSet | ClusterSet | None = None,
+    authority_options: str = "",
 ) -> Iterator[Rig]:
-    """A rig that is steady; when the block ends, what was recorded is checked."""
+    """A rig that is steady; when the block ends, what was recorded is checked.
+
+    `servers` are the mirror, in place of one Redis; with no `members` of etcd they are the authority, and written to
+    with `authority_options` in the URL.
+    """
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(etcd_cluster(members, options=etcd_options))
-        cluster.ctl("put", f"{NAMESPACE}/checkout/max_items", "41")
-        redis = stack.enter_context(redis_server(*redis_options)) if mirror else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="veltrix-rig-")))
-        links = Links(cluster, redis)
+        cluster, redis = EtcdCluster(folder, []), None
+        if members:
+            cluster = stack.enter_context(etcd_cluster(members, options=etcd_options))
+            cluster.ctl("put", f"{NAMESPACE}/checkout/max_items", "41")
+            redis = stack.enter_context(redis_server(*redis_options)) if mirror and servers is None else None
+        place = redis or servers
+        links = Links(cluster, place)
         stack.callback(links.close)
         standing = []
-        for number in range(relays if mirror else 0):
-            own = Links(cluster, redis)
+        for number in range(relays if mirror and members else 0):
+            own = Links(cluster, place)
             stack.callback(own.close)
             standing.append(RelayProcess(f"relay-{number}", own, folder))
             stack.callback(standing[-1].kill)
@@ -463,7 +538,11 @@ def rig(
             )
         )
         checker, writer = Checker(), Writer(cluster, every_s=writes_every_s)
-        made = Rig(cluster, redis, links, standing, served, folder, writer, checker, workers)
+        if not members:
+            assert servers is not None
+            writer = StoreWriter(f"{servers.url}{authority_options}", every_s=writes_every_s)
+            writer.write({"checkout/max_items": "41"}, timeout_s=10)
+        made = Rig(cluster, redis, servers, links, standing, served, folder, writer, checker, workers)
         made.statuses()  # each worker begins to follow with its first request
         stack.callback(writer.stop)
         writer.start()

@@ -4,6 +4,7 @@ their own: primaries that are replaced, slots that move, and who is told what.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from tests.stores.contract import WITHIN_S, Harness, SharedStoreContract, drain, entries, here, put
 from tests.stores.test_etcd import EtcdHarness, Servers
 from tests.stores.test_mirrored import EtcdAndRedis, MirroredContract, MirroredHarness
-from tests.support.redis_servers import ClusterSet, SentinelSet, cluster_set, sentinel_set
+from tests.support.redis_servers import ClusterSet, SentinelSet, cluster_set, cut_off, sentinel_set
 from tests.support.waiting import wait_until
 from veltrix_mw.errors import StoreError, StoreUnavailable
+from veltrix_mw.protocols import ChangeRecord, RawOperation
 from veltrix_mw.settings import parse_url
 from veltrix_mw.stores.redis import RedisStore
 from veltrix_mw.stores.redis_layout import Names
@@ -213,6 +215,36 @@ def test_a_watch_that_waits_on_a_stopped_primary_goes_on_at_the_new_one(
     watch.close()
 
 
+def test_what_a_stopped_primary_says_after_it_was_replaced_does_not_count(
+    whole_sentinels: SentinelSet, open_store: OpenStore
+) -> None:
+    """Whoever grants it more time than the failover takes is answered all the same, when it is resumed."""
+    servers, writer = whole_sentinels, open_store(whole_sentinels)
+    put(open_store(servers, wait_replicas=1), "a", b"1")
+    position = here(writer)
+    watch = open_store(servers, timeout_s=120.0).watch(position, timeout_s=WITHIN_S)
+    assert list(watch.next(0)) == []
+    old = servers.primary()
+    old.stop()
+    with ThreadPoolExecutor(4) as pool:
+        try:
+            waiting = [
+                pool.submit(writer.commit, [RawOperation("a", b"2")], ChangeRecord(), timeout_s=60),
+                pool.submit(open_store(servers).list, timeout_s=60),
+                pool.submit(open_store(servers).watch, position, timeout_s=60),
+                pool.submit(watch.next, 60),
+            ]
+            new = servers.wait_replaced(old)
+        finally:
+            old.cont()
+        for each in waiting:
+            with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{new.port}. took over while another server was"):
+                each.result(WITHIN_S)
+    assert old.run("HGET", NAMES.entries, "a") == b"2 2"
+    assert entries(writer) == {"a": (b"1", 1)}
+    watch.close()
+
+
 def test_a_replica_that_is_named_as_the_primary_is_not_taken(
     whole_sentinels: SentinelSet, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +282,24 @@ def test_what_is_no_sentinel_is_said(sentinels: SentinelSet, open_store: OpenSto
     with pytest.raises(StoreError, match=r"is no sentinel: name the sentinels"):
         store.list(timeout_s=WITHIN_S)
     store.close()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_write_that_waited_for_a_replica_outlives_the_primary_and_another_may_not(
+    whole_sentinels: SentinelSet, open_store: OpenStore, waits: bool
+) -> None:
+    servers = whole_sentinels
+    old = servers.primary()
+    replica = servers.other(old)
+    put(open_store(servers, wait_replicas=1), "first", b"1")
+    cut_off(old, replica)
+    options = {"wait_replicas": 1, "wait_timeout_s": 0.2} if waits else {}
+    with pytest.raises(StoreUnavailable) if waits else contextlib.nullcontext():
+        put(open_store(servers, **options), "second", b"1")
+    old.kill()
+    replica.cont()
+    servers.wait_replaced(old)
+    assert sorted(entries(open_store(servers))) == ["first"]
 
 
 # --- Cluster
@@ -312,8 +362,7 @@ def test_replicas_are_counted_where_a_slot_is_on_its_way_to(whole_cluster: Clust
     cluster.begin_moving(SLOT, source, target)
     cluster.move_keys(SLOT, source, target)
     assert put(store, "a", b"2") == 2
-    port = int(target.raw("ROLE")[2][0][1])
-    replica = next(server for server in cluster.servers if server.port == port)
+    replica = cluster.replica_of(target)
     replica.stop()
     try:
         with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
@@ -334,7 +383,7 @@ def test_an_owner_that_dies_is_replaced(whole_cluster: ClusterSet, open_store: O
     old.kill()
     with pytest.raises(StoreUnavailable):
         put(store, "a", b"2")
-    new = cluster.wait_replaced(old, SLOT)
+    new = cluster.wait_replaced(old, NAMES.entries)
     late = open_store(cluster)
     assert put_until_taken(late, "a", b"2") == 2
     assert new.run("HGET", NAMES.entries, "a") == b"2 2"
@@ -357,7 +406,7 @@ def test_an_owner_that_was_replaced_while_it_was_stopped_is_left(
         old.stop()
         with pytest.raises(StoreUnavailable, match="did not answer within"):
             reading.result(WITHIN_S)
-    cluster.wait_replaced(old, SLOT)
+    cluster.wait_replaced(old, NAMES.entries)
     revision = put_until_taken(waiting, "a", b"2")
     old.cont()
     assert [batch.position.revision for batch in drain(watch, revision)] == list(range(2, revision + 1))

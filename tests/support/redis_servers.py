@@ -28,8 +28,10 @@ __all__ = [
     "RedisSet",
     "SentinelSet",
     "cluster_set",
+    "cut_off",
     "redis_server",
     "sentinel_set",
+    "wait_copied",
 ]
 
 PRIMARY: Final = "mymaster"
@@ -270,6 +272,21 @@ def _has_replica(server: RedisServer) -> bool:
     return role[0] == b"master" and bool(role[2])
 
 
+def wait_copied(primary: RedisServer, replica: RedisServer) -> None:
+    """Wait until the replica has all that the primary was told."""
+    wait_until(
+        lambda: int(replica.raw("ROLE")[4]) >= int(primary.raw("ROLE")[1]),
+        _START_S,
+        reason="the replica has all that was written",
+    )
+
+
+def cut_off(primary: RedisServer, replica: RedisServer) -> None:
+    """Stop the replica, and let nothing of what the primary is told from here on reach it when it goes on."""
+    replica.stop()
+    primary.run("CLIENT", "KILL", "TYPE", "REPLICA")
+
+
 def _is_joined(server: RedisServer) -> bool:
     """Whether it is a replica that has its primary's data."""
     role = server.raw("ROLE")
@@ -320,10 +337,13 @@ class SentinelSet:
         """The primary's reply to one command."""
         return self.primary().run(*command)
 
+    def replica_of(self, primary: RedisServer) -> RedisServer:
+        return self.other(primary)
+
     def other(self, than: RedisServer) -> RedisServer:
         return next(server for server in self.servers if server is not than)
 
-    def wait_replaced(self, old: RedisServer) -> RedisServer:
+    def wait_replaced(self, old: RedisServer, key: str = "") -> RedisServer:  # it has all
         """Wait until all sentinels name another primary than `old`; that one."""
         wait_until(
             lambda: all(self._named(sentinel) is not old for sentinel in self.sentinels),
@@ -425,8 +445,9 @@ class ClusterSet:
         """Another primary."""
         return next(self._at(place[1]) for _, _, place, *_ in self._slots(than) if place[1] != than.port)
 
-    def wait_replaced(self, old: RedisServer, slot: int) -> RedisServer:
-        """Wait until all other nodes say that a slot has another owner than `old`; that one."""
+    def wait_replaced(self, old: RedisServer, key: str) -> RedisServer:
+        """Wait until all other nodes say that a key has another owner than `old`; that one."""
+        slot = slot_of(key)
         others = [server for server in self.servers if server is not old]
         wait_until(
             lambda: all(self.owner(slot, asked=each) is not old for each in others),
@@ -460,6 +481,9 @@ class ClusterSet:
         for server in self.servers:
             if server.raw("ROLE")[0] == b"master":
                 server.run(*command)
+
+    def replica_of(self, primary: RedisServer) -> RedisServer:
+        return self._at(int(primary.raw("ROLE")[2][0][1]))
 
     def wait_whole(self) -> None:
         """Wait until each node says that all are well, and each primary has a replica that has all."""

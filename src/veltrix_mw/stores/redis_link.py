@@ -43,6 +43,7 @@ Command = Sequence["str | bytes | int"]
 
 _MAX_IDLE: Final = 4  # connections kept for the next call: a follower and a few writers at once
 _FORK_WAIT_S: Final = 1.0  # the locks are held for microseconds
+_LATE_S: Final = 0.5  # a server that answers after this may have been stopped meanwhile, and replaced
 _MOST_REDIRECTS: Final = 5  # of one call: a slot moves once, and may be on its way meanwhile
 _READ_BYTES: Final = 256 * 1024  # a listing is megabytes: the driver's own 64 KiB would be four times the calls
 
@@ -372,19 +373,28 @@ class RedisLink:
     @contextlib.contextmanager
     def session(self, timeout_s: float) -> Iterator[Connection]:
         """A connection for one call, which ends by `timeout_s`; the driver's errors come out as the store's."""
-        deadline_s = time.monotonic() + timeout_s
+        begun_s = time.monotonic()
+        deadline_s = begun_s + timeout_s
         with self.translating(timeout_s):
             connection, epoch = self._borrow(deadline_s)
             try:
                 connection.end_by(deadline_s)
                 yield connection
+                self.check_late(connection, begun_s)
             finally:
                 self._give_back(connection, epoch)
 
     def open(self, deadline_s: float) -> Connection:
         """A connection of the caller's own, who shuts it with `shut`. To be called inside `translating`."""
         self._own()
-        return self._opened_to(self.look(deadline_s), deadline_s)
+        begun_s = time.monotonic()
+        connection = self._opened_to(self.look(deadline_s), deadline_s)
+        try:
+            self.check_late(connection, begun_s)
+        except BaseException:
+            self.shut(connection)
+            raise
+        return connection
 
     def look(self, deadline_s: float) -> Host:
         """The server that calls go to. Who waits for another one, as that was until now, is broken off.
@@ -399,6 +409,20 @@ class RedisLink:
             for connection in left:
                 connection.shut_down()
         return found
+
+    def check_late(self, connection: Connection, due_s: float) -> None:
+        """Raise where an answer came long after it was due, and the server was replaced meanwhile.
+
+        One that was stopped and is resumed does not know, and goes on with what it was sent: what it says is of no
+        worth, also that it has written something.
+        """
+        if isinstance(self._route, Guided) and time.monotonic() - due_s > _LATE_S:
+            self._route.ask_again()
+            self.look(time.monotonic() + _LATE_S)
+            if connection.host != self._current:
+                raise StoreUnavailable(
+                    f"{self.url} took over while another server was asked, whose answer does not count; try again"
+                )
 
     def _opened_to(self, server: Host, deadline_s: float) -> Connection:
         channel = self._connected(server, deadline_s)

@@ -407,11 +407,11 @@ class RedisWatch:
         """What follows the position, waiting for at most `block_s`."""
         block_ms = int(block_s * 1000)
         waits = ("BLOCK", block_ms) if block_ms > 0 else ()  # 0 would wait for ever
-        connection.end_by(
-            time.monotonic() + max(0.0, block_s) + self._patience_s + _OVERTIME_S,
-            patience_s=max(0.0, block_s) + self._patience_s,
-        )
-        return self._taken(connection.execute(*self._command(*waits)))
+        due_s = time.monotonic() + max(0.0, block_s)
+        connection.end_by(due_s + self._patience_s + _OVERTIME_S, patience_s=max(0.0, block_s) + self._patience_s)
+        reply = connection.execute(*self._command(*waits))
+        self._reader.link.check_late(connection, due_s)
+        return self._taken(reply)
 
     def _look(self, connection: Connection) -> Sequence[Batch]:
         """Whether what is watched is still there, and at the server that is to be asked.

@@ -115,9 +115,13 @@ class Guided:
         self._is_doubted = False
         return told.server
 
-    def doubt(self) -> None:
-        """The server failed: ask again."""
+    def ask_again(self) -> None:
+        """The next `find` asks."""
         self._ask_at_s = 0.0
+
+    def doubt(self) -> None:
+        """The server failed: ask again, and another guide."""
+        self.ask_again()
         self._is_doubted = True
         if self._teller is not None:
             self._put_last(self._teller)
