@@ -64,7 +64,7 @@ class EtcdHarness(Harness):
     keeps_records = False
     pushes = True
 
-    def __init__(self, servers: Servers, transport: str) -> None:
+    def __init__(self, servers: Servers, transport: str = "gateway") -> None:
         super().__init__()
         self._transport = transport
         self._servers = servers
