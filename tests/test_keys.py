@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from veltrix_mw.errors import InvalidKey, SettingsError, VeltrixError
-from veltrix_mw.keys import MAX_KEY_BYTES, check_key, check_namespace, check_prefix, is_key, outermost
+from veltrix_mw.keys import MAX_KEY_BYTES, check_key, check_namespace, check_prefix, is_key, outermost, unit_of
 
 ALPHABET = set(string.ascii_letters + string.digits + "._~:@-")
 
@@ -135,3 +135,20 @@ def test_of_prefixes_that_lie_in_each_other_the_outermost_are_kept_in_order() ->
     assert outermost([]) == ()
     with pytest.raises(InvalidKey, match="must end with '/'"):
         outermost(["users"])
+
+
+@pytest.mark.parametrize(
+    ("key", "unit"),
+    [
+        ("tenants/acme", "tenants/acme"),
+        ("tenants/acme/limits/max", "tenants/acme"),
+        ("tenants/acme/", "tenants/acme"),
+        ("tenants/", ""),
+        ("tenants", ""),
+        ("tenants-/acme", ""),
+        ("a/b/users/1/x", ""),
+        ("a/users/1/x", "a/users/1"),
+    ],
+)
+def test_a_unit_is_the_first_segment_after_the_prefix(key: str, unit: str) -> None:
+    assert unit_of(key, ("a/users/", "tenants/")) == unit

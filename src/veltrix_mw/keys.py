@@ -11,7 +11,7 @@ from typing import Final
 
 from veltrix_mw.errors import InvalidKey, SettingsError
 
-__all__ = ["MAX_KEY_BYTES", "check_key", "check_namespace", "check_prefix", "is_key", "outermost"]
+__all__ = ["MAX_KEY_BYTES", "check_key", "check_namespace", "check_prefix", "is_key", "outermost", "unit_of"]
 
 MAX_KEY_BYTES: Final = 512
 """The longest key, in bytes of UTF-8 (the alphabet is ASCII, so also in characters)."""
@@ -59,6 +59,19 @@ def outermost(prefixes: Iterable[str]) -> tuple[str, ...]:
         if not kept or not prefix.startswith(kept[-1]):
             kept.append(prefix)
     return tuple(kept)
+
+
+def unit_of(key: str, lazy: Iterable[str]) -> str:
+    """The unit that `key` belongs to, below one of the prefixes `lazy`: the first segment after it, `tenants/acme` for
+    `tenants/acme` and for `tenants/acme/limits/max`. Empty where it lies below none, or names no segment there.
+
+    `key` may be a prefix, too: all below `tenants/acme/` is of one unit, what is below `tenants/` is not.
+    """
+    for prefix in lazy:
+        if key.startswith(prefix):
+            end = key.find("/", len(prefix))
+            return key[:end] if end >= 0 else key if len(key) > len(prefix) else ""
+    return ""
 
 
 def check_namespace(namespace: object) -> str:

@@ -1,7 +1,7 @@
 """What the core asks of a store, and the values that travel between them.
 
 Owns the seam between the core and its backends: raw bytes, revisions and positions. Knows no backend, and
-decodes nothing. A store implements `Followed`, `Written` and `Remembered`; each call ends by its `timeout_s`
+decodes nothing. A store implements `Followed`, `Written`, `Remembered` and `Unitary`; each call ends by its `timeout_s`
 and raises only `StoreError`s (and `Conflict`, from `commit`).
 
 A namespace's writes are ordered by revision, an integer that only grows within one incarnation. Each
@@ -36,12 +36,14 @@ __all__ = [
     "Position",
     "RawChange",
     "RawOperation",
+    "RawUnit",
     "RawVersion",
     "Remembered",
     "Restored",
     "Silent",
     "Store",
     "StoreInfo",
+    "Unitary",
     "Watch",
     "Written",
 ]
@@ -117,7 +119,8 @@ class Batch:
     """One revision, whole: its changes to eager keys (each key once, perhaps none) and its record.
 
     `position` is the position once it is applied; `previous` the namespace's revision before it. `origin` is the tier
-    that it came from, empty for the store's own; `lazy` are the prefixes that a mirror left out.
+    that it came from, empty for the store's own; `lazy` are the prefixes that a mirror left out. `lazy_changes` are the
+    changes below the store's lazy prefixes: all of them, but for those below what a mirror left out.
     """
 
     position: Position
@@ -126,6 +129,7 @@ class Batch:
     record: ChangeRecord = field(default_factory=ChangeRecord)
     origin: str = ""
     lazy: tuple[str, ...] = ()
+    lazy_changes: tuple[RawChange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,17 @@ class RawVersion:
     value: bytes | Missing
     revision: int
     record: ChangeRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RawUnit:
+    """One lazy unit: (key, value, mod_revision) of each of its keys, ascending; none where it is absent.
+
+    `refused` says why it cannot be read where it is beyond the bounds of a unit, and is empty otherwise.
+    """
+
+    entries: tuple[tuple[str, bytes, int], ...]
+    refused: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,8 +304,20 @@ class Remembered(Protocol):
         ...
 
 
+class Unitary(Protocol):
+    """A store that can be read a lazy unit at a time."""
+
+    def read_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> dict[str, RawUnit]:
+        """Each of `names`, all as of one past position; of `keys.unit_of` their names.
+
+        Where the position's fingerprint is empty its revision alone is gone by. Raises `Compacted` when that is no
+        longer kept, `Restored` when it is not in the history.
+        """
+        ...
+
+
 @runtime_checkable
-class Store(Followed, Written, Remembered, Protocol):
+class Store(Followed, Written, Remembered, Unitary, Protocol):
     """One backend. Constructing it opens nothing; it may be used from several threads, and after a fork."""
 
     @property

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.stores import jobs
-from veltrix_mw.errors import Compacted, Conflict, KeyMissing, StoreError
+from veltrix_mw.errors import Compacted, Conflict, KeyMissing, SettingsError, StoreError
 from veltrix_mw.protocols import Batch, ChangeRecord, Position, RawOperation, Restored, Store, Watch
 from veltrix_mw.snapshot import Entry
 from veltrix_mw.values import MISSING, Missing
@@ -65,6 +65,9 @@ class Harness(ABC):
 
     pushes = False
     """Whether its watches are sent what is written, so that they may have it before the history is forgotten."""
+
+    reads_units = True
+    """Whether it can be read a lazy unit at a time."""
 
     counts_by_prefix = True
     """Whether it can count what some of its stores leave out and others do not."""
@@ -115,6 +118,13 @@ def entries(store: Store, revision: int | None = None) -> dict[str, tuple[bytes,
 
 def here(store: Store) -> Position:
     return store.list(timeout_s=WITHIN_S).position
+
+
+def units(store: Store, *names: str, at: Position | None = None) -> dict[str, list[tuple[str, bytes, int]]]:
+    """The entries of units, now or as of a position."""
+    read = store.read_units(names, here(store) if at is None else at, timeout_s=WITHIN_S)
+    assert not any(unit.refused for unit in read.values())
+    return {name: list(unit.entries) for name, unit in read.items()}
 
 
 def drain(watch: Watch, until: int) -> list[Batch]:
@@ -519,6 +529,99 @@ class StoreContract:
         assert lazy.read(["users/1"], None, timeout_s=WITHIN_S) == {"users/1": (b"1", revision)}
         assert [version.value for version in lazy.history("users/1", limit=9, timeout_s=WITHIN_S)] == [b"1"]
         assert (entries(lazy), here(lazy).revision) == ({}, revision)
+
+    def test_changes_below_lazy_prefixes_are_told_apart(
+        self, harness: Harness, store: Store, watching: Callable[[Store, Position], Watch]
+    ) -> None:
+        put(store, "users/1", b"1")
+        lazy = harness.open(lazy=("users/",))
+        watch = watching(lazy, here(lazy))
+        mixed = write(store, *(RawOperation(key, b"2") for key in ("users/2", "b", "users/1/name")))
+        gone = write(store, RawOperation("users/1", MISSING), RawOperation("b", MISSING))
+        told = [
+            {change.key: change.value for change in batch.lazy_changes}
+            for batch in drain(watch, gone)
+            if batch.position.revision in {mixed, gone}
+        ]
+        assert told == [{"users/1/name": b"2", "users/2": b"2"}, {"users/1": MISSING}]
+
+    @pytest.fixture
+    def tenants(self, harness: Harness) -> Store:
+        """A store that is read a tenant at a time."""
+        if not harness.reads_units:
+            pytest.skip("this store refuses that")
+        put(harness.open(), "a", b"1")  # the first opens for all: a relay leaves nothing out then
+        return harness.open(lazy=("tenants/", "users/"))
+
+    def test_a_unit_is_the_key_of_its_name_and_all_below_it(self, tenants: Store) -> None:
+        inside = ("tenants/acme", "tenants/acme/limits/max", "tenants/acme/zone")
+        beside = ("tenants/acm", "tenants/acme-", "tenants/acme0", "tenants/acme.x/y", "users/acme", "z")
+        revision = write(tenants, *(RawOperation(key, f'"{key}"'.encode()) for key in (*inside, *beside)))
+        read = units(tenants, "tenants/acme", "users/acme", "users/none")
+        assert read["tenants/acme"] == [(key, f'"{key}"'.encode(), revision) for key in inside]
+        assert read["users/acme"] == [("users/acme", b'"users/acme"', revision)]
+        assert read["users/none"] == []
+
+    def test_units_are_read_as_of_a_past_position(self, tenants: Store) -> None:
+        first = put(tenants, "tenants/acme/a", b"1")
+        then = here(tenants)
+        second = write(tenants, RawOperation("tenants/acme/a", MISSING), RawOperation("tenants/acme/b", b"2"))
+        put(tenants, "users/1", b"1")
+        names = ("tenants/acme", "users/1")
+        assert units(tenants, *names, at=then) == {"tenants/acme": [("tenants/acme/a", b"1", first)], "users/1": []}
+        bare = Position(then.incarnation, then.revision)
+        assert units(tenants, *names, at=bare) == units(tenants, *names, at=then)
+        assert units(tenants, *names)["tenants/acme"] == [("tenants/acme/b", b"2", second)]
+        assert units(tenants, *names, at=Position(then.incarnation, 0)) == {"tenants/acme": [], "users/1": []}
+
+    def test_many_units_are_read_at_once(self, tenants: Store) -> None:
+        names = [f"users/{number}" for number in range(130)]
+        for start in range(0, len(names), 100):
+            write(tenants, *(RawOperation(f"{name}/x", b"1") for name in names[start : start + 100]))
+        assert units(tenants) == {}
+        read = units(tenants, *names)
+        assert [[entry[0] for entry in read[name]] for name in names] == [[f"{name}/x"] for name in names]
+
+    def test_a_unit_of_many_keys_is_read_whole(self, tenants: Store) -> None:
+        names = sorted(f"tenants/acme/{number}" for number in range(1_300))
+        for start in range(0, len(names), 100):
+            write(tenants, *(RawOperation(name, b"1") for name in names[start : start + 100]))
+        assert [entry[0] for entry in units(tenants, "tenants/acme")["tenants/acme"]] == names
+
+    def test_a_unit_beyond_the_bounds_is_refused_alone(self, tenants: Store) -> None:
+        for number in range(5):
+            put(tenants, f"tenants/huge/{number}", b'"' + b"x" * 1_000_000 + b'"')
+        put(tenants, "tenants/acme", b"1")
+        read = tenants.read_units(["tenants/huge", "tenants/acme"], here(tenants), timeout_s=WITHIN_S)
+        assert "'tenants/huge' has more than 4 MiB" in read["tenants/huge"].refused
+        assert read["tenants/huge"].entries == ()
+        assert [entry[0] for entry in read["tenants/acme"].entries] == ["tenants/acme"]
+
+    def test_units_of_a_compacted_position_cannot_be_read(self, harness: Harness, tenants: Store) -> None:
+        put(tenants, "tenants/acme", b"1")
+        then = here(tenants)
+        harness.forget(put(tenants, "tenants/acme", b"2"))
+        with pytest.raises(Compacted) as caught:
+            units(tenants, "tenants/acme", at=then)
+        assert not isinstance(caught.value, Restored)
+
+    @pytest.mark.parametrize("other", ["incarnation", "revision"])
+    def test_units_of_another_history_cannot_be_read(self, tenants: Store, other: str) -> None:
+        now = here(tenants)
+        another = {
+            "incarnation": Position("0123456789abcdef", now.revision, now.fingerprint),
+            "revision": Position(now.incarnation, now.revision + 1_000_000, now.fingerprint),
+        }[other]
+        with pytest.raises(Restored):
+            units(tenants, "tenants/acme", at=another)
+
+    def test_a_store_that_cannot_be_read_by_unit_says_so(self, harness: Harness) -> None:
+        store = harness.open(lazy=("tenants/",))
+        if harness.reads_units:
+            assert units(store, "tenants/acme") == {"tenants/acme": []}
+            return
+        with pytest.raises(SettingsError, match="lazy"):
+            units(store, "tenants/acme")
 
     # --- another history
 

@@ -21,6 +21,7 @@ from tests.stores.contract import (
     entries,
     here,
     put,
+    units,
     write,
 )
 from tests.support.etcd_servers import EtcdCluster, Member, etcd
@@ -526,6 +527,32 @@ def test_an_empty_namespace_on_an_old_server_can_be_followed(server: EtcdCluster
     watch = watch_from(store, position)
     batch = one(watch, put(store, "a", b"1"))
     assert (batch.previous, batch.position) == (0, here(store))
+
+
+def test_units_of_a_quiet_namespace_are_read_through_compactions_for_others(
+    server: EtcdCluster, open_store: OpenStore
+) -> None:
+    store = open_store(server, "shop", lazy=("tenants/",))
+    put(store, "tenants/acme", b"1")
+    position = here(store)
+    server.compact([put(open_store(server, "other"), "x", b"1") for _ in range(5)][-1])
+    # One that has just listed knows how far that reaches, another one asks.
+    for reader in (store, open_store(server, "shop", lazy=("tenants/",))):
+        assert units(reader, "tenants/acme", at=position) == {
+            "tenants/acme": [("tenants/acme", b"1", position.revision)]
+        }
+    put(store, "a", b"1")
+    with pytest.raises(Compacted):
+        units(open_store(server, "shop", lazy=("tenants/",)), "tenants/acme", at=position)
+
+
+def test_units_leave_out_keys_of_other_shapes_and_know_values_that_are_text(
+    shared: EtcdCluster, name: str, open_store: OpenStore
+) -> None:
+    raw_put(shared, (f"{name}/tenants/acme/sp ace", b"theirs"), (f"{name}/tenants/acme/zone", b"eu"))
+    store = open_store(shared, name, lazy=("tenants/",), values="text")
+    (entry,) = units(store, "tenants/acme")["tenants/acme"]
+    assert entry[:2] == ("tenants/acme/zone", b'"eu"')
 
 
 def test_history_reaches_over_a_compaction_to_the_value_that_was(server: EtcdCluster, open_store: OpenStore) -> None:

@@ -60,6 +60,8 @@ class RedisHarness(Harness):
     def make(self, **options: Any) -> RedisStore:
         return RedisStore("127.0.0.1", self._port, namespace=self.namespace, **options)
 
+    reads_units = False
+
     def forget(self, oldest: int) -> None:
         newest = here(self.open()).revision
         put(self.open(keep_revisions=newest - oldest + 2), "forgotten", b"1")

@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 from weakref import WeakSet
@@ -27,6 +28,7 @@ from veltrix_mw.protocols import (
     Listing,
     Position,
     RawOperation,
+    RawUnit,
     RawVersion,
     Restored,
     StoreInfo,
@@ -55,6 +57,7 @@ from veltrix_mw.stores.etcd_transports import TransportName, make_transport
 from veltrix_mw.stores.etcd_watch import CHANGE, ENTRIES, LABEL, EtcdWatch, Opened
 from veltrix_mw.stores.etcd_witness import Witness
 from veltrix_mw.stores.tls import Tls
+from veltrix_mw.stores.units import bounded
 from veltrix_mw.values import MAX_VALUE_BYTES, MISSING, Missing
 
 __all__ = ["EtcdStore", "Ignored"]
@@ -67,6 +70,8 @@ _MAX_KEYS: Final = 5_000  # of one page ...
 _FIRST_KEYS: Final = 500  # ... and of the first, when it is not known yet how large they are
 _PAGE_BYTES: Final = 4 * 1024 * 1024  # one page is decoded at a stretch, and other threads wait for that: 20 ms
 _READ_KEYS: Final = 100
+_READ_UNITS: Final = 60  # two ranges each, and the label: within the 128 operations of a transaction ...
+_READ_AT_ONCE: Final = 4  # ... and transactions at a time
 _NEWER_KEYS: Final = 20  # looked through for one that is ours
 _LIST_TRIES: Final = 3
 _EXAMPLES: Final = 5
@@ -318,6 +323,61 @@ class EtcdStore:
             return Listing(Position(_text(self._range(Range(self._space.label), deadline_s)), 0), [])
         listing, _, _ = self._listing(at, deadline_s)
         return Listing(self._witness.recall(listing.position, at), listing.entries, ignored=listing.ignored)
+
+    # --- a unit at a time
+
+    def read_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> dict[str, RawUnit]:
+        deadline_s = time.monotonic() + timeout_s
+        if not position.revision:
+            return {name: RawUnit(()) for name in names}
+        try:
+            return self._read_units(names, position, deadline_s)
+        except Compacted:
+            if not position.fingerprint:
+                raise
+        # The cluster went on without the namespace: up to where nothing newer was found, it is as it was.
+        self.confirm(position, timeout_s=max(0.0, deadline_s - time.monotonic()))
+        return self._read_units(names, position, deadline_s)
+
+    def _read_units(self, names: Sequence[str], position: Position, deadline_s: float) -> dict[str, RawUnit]:
+        at = max(position.revision, self._witness.complete_to(position))
+        parts = [names[start : start + _READ_UNITS] for start in range(0, len(names), _READ_UNITS)]
+        if len(parts) <= 1:
+            return self._read_part(names, position, at, deadline_s)
+        found: dict[str, RawUnit] = {}
+        # At once, as a cluster may be far away: one after the other they would take as many round trips.
+        with ThreadPoolExecutor(min(_READ_AT_ONCE, len(parts)), "veltrix-units") as pool:
+            for read in pool.map(lambda part: self._read_part(part, position, at, deadline_s), parts):
+                found.update(read)
+        return found
+
+    def _read_part(self, names: Sequence[str], position: Position, at: int, deadline_s: float) -> dict[str, RawUnit]:
+        space = self._space
+        spans = [span for name in names for span in space.unit_spans(name)]
+        asked = [Range(space.label), *(Range(*span, limit=_FIRST_KEYS, revision=at) for span in spans)]
+        try:
+            answer = self._ranges(asked, deadline_s)
+        except FutureRevision as exc:
+            raise self._restored(f"revision {position.revision} is not in etcd any more") from exc
+        except Compacted as exc:
+            raise Compacted(f"revision {position.revision} is no longer kept in etcd") from exc
+        self._witness.check()
+        self._check_label(position, _text(answer.ranges[0]), answer.header.cluster_id)
+        return {
+            name: bounded(name, self._unit_entries(name, own, below, at, deadline_s))
+            for name, own, below in zip(names, answer.ranges[1::2], answer.ranges[2::2], strict=True)
+        }
+
+    def _unit_entries(
+        self, name: str, own: Ranged, below: Ranged, at: int, deadline_s: float
+    ) -> Iterator[tuple[str, bytes, int]]:
+        space = self._space
+        _, (_, end) = space.unit_spans(name)
+        for ranged in (own, *self._pages(below, end, (), at, deadline_s)):
+            for stored in ranged.kvs:
+                key = space.key(stored.key)
+                if key is not None:
+                    yield key, space.value(stored.value), stored.mod_revision
 
     def close(self) -> None:
         """End the watches and close every connection. Idempotent; a later call opens anew."""

@@ -96,6 +96,11 @@ class Space:
             return None
         return key if is_key(key) else None
 
+    def unit_spans(self, name: str) -> tuple[tuple[bytes, bytes], tuple[bytes, bytes]]:
+        """Where the unit of that name lies: the key itself, and what hangs below it."""
+        begin = self.name(name)
+        return (begin, b""), (begin + b"/", begin + b"0")
+
     def is_lazy(self, key: str) -> bool:
         return key.startswith(self.lazy)
 

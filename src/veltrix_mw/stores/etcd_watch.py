@@ -47,6 +47,7 @@ class _Pending:
 
     revision: int
     changes: dict[str, bytes | Missing]
+    lazy_changes: dict[str, bytes | Missing]
     put: list[tuple[bytes, bytes]]
     arrived_s: float
     size: int
@@ -122,13 +123,13 @@ class Assembly:
                 continue
             last = self._pending[-1] if self._pending else None
             if last is None or last.revision != stored.mod_revision:
-                last = _Pending(stored.mod_revision, {}, [], now_s, 0)
+                last = _Pending(stored.mod_revision, {}, {}, [], now_s, 0)
                 self._pending.append(last)
             if event.type == "PUT":
                 last.put.append((stored.key, stored.value))
                 last.size += len(stored.value)
-            if not self._space.is_lazy(key):
-                last.changes[key] = MISSING if event.type == "DELETE" else self._space.value(stored.value)
+            changes = last.lazy_changes if self._space.is_lazy(key) else last.changes
+            changes[key] = MISSING if event.type == "DELETE" else self._space.value(stored.value)
 
     @property
     def unresolved(self) -> int:
@@ -186,9 +187,14 @@ class Assembly:
         return Batch(
             Position(self._label or self._derived, revision, fingerprint),
             previous,
-            tuple(RawChange(key, pending.changes[key]) for key in sorted(pending.changes)),
+            _changes(pending.changes),
             change.record if change else ChangeRecord(),
+            lazy_changes=_changes(pending.lazy_changes),
         )
+
+
+def _changes(changes: dict[str, bytes | Missing]) -> tuple[RawChange, ...]:
+    return tuple(RawChange(key, changes[key]) for key in sorted(changes))
 
 
 @dataclass(frozen=True, slots=True)

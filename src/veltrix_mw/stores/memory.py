@@ -17,7 +17,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 from veltrix_mw.errors import Compacted, StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
-from veltrix_mw.keys import outermost
+from veltrix_mw.keys import outermost, unit_of
 from veltrix_mw.protocols import (
     Batch,
     ChangeRecord,
@@ -27,11 +27,13 @@ from veltrix_mw.protocols import (
     Position,
     RawChange,
     RawOperation,
+    RawUnit,
     RawVersion,
     Restored,
     StoreInfo,
 )
 from veltrix_mw.stores.conditions import check
+from veltrix_mw.stores.units import bounded
 from veltrix_mw.values import MAX_VALUE_BYTES, MISSING, Missing
 
 __all__ = ["MemoryStore"]
@@ -88,6 +90,15 @@ class _Keyspace:
             raise Compacted(
                 f"nothing proves that revision {position.revision} is the one that was followed; list again"
             )
+
+    def check_kept(self, position: Position) -> None:
+        """Raise `Restored` or `Compacted` unless the keyspace as of `position` is known."""
+        kept = self.revisions.get(position.revision)
+        is_other = kept is not None and position.fingerprint not in {"", kept.mark}
+        # A position of no incarnation is of before the first write: any label may follow it.
+        if position.incarnation not in {"", self.incarnation} or position.revision > self.revision or is_other:
+            raise Restored(f"revision {position.revision} that was followed is not in the store any more; list again")
+        self.check_past(position.revision)
 
     def check_past(self, revision: int) -> None:
         """Raise unless the keyspace as of `revision` is known."""
@@ -251,6 +262,20 @@ class MemoryStore:
                 keyspace.position(revision), [(key, entry[0], entry[1]) for key, entry in found if entry is not None]
             )
 
+    def read_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> dict[str, RawUnit]:
+        revision = position.revision
+        with self._held(timeout_s) as keyspace:
+            keyspace.check_kept(position)
+            keys: dict[str, list[str]] = {name: [] for name in names}
+            for key in keyspace.versions:
+                if (unit := keys.get(unit_of(key, self._lazy))) is not None:
+                    unit.append(key)
+            found = {
+                name: [(key, *entry) for key in sorted(unit) if (entry := keyspace.at(key, revision)) is not None]
+                for name, unit in keys.items()
+            }
+        return {name: bounded(name, entries) for name, entries in found.items()}
+
     def close(self) -> None:
         with self._keyspace.changed:
             watches = tuple(self._watches)
@@ -309,7 +334,8 @@ class _MemoryWatch:
     def _batch(self, revision: int) -> Batch:
         made = self._keyspace.revisions[revision]
         changes = tuple(change for change in made.changes if not change.key.startswith(self._lazy))
-        return Batch(self._keyspace.position(revision), revision - 1, changes, made.record)
+        lazy = tuple(change for change in made.changes if change.key.startswith(self._lazy))
+        return Batch(self._keyspace.position(revision), revision - 1, changes, made.record, lazy_changes=lazy)
 
 
 def _shared(name: str, namespace: str) -> _Keyspace:

@@ -29,6 +29,7 @@ from veltrix_mw.protocols import (
     Moved,
     Position,
     RawOperation,
+    RawUnit,
     RawVersion,
     Store,
     StoreInfo,
@@ -218,6 +219,9 @@ class MirroredStore:
     def list_at(self, revision: int, *, timeout_s: float) -> Listing:
         return self.authority.list_at(revision, timeout_s=timeout_s)
 
+    def read_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> dict[str, RawUnit]:
+        return self.authority.read_units(names, position, timeout_s=timeout_s)
+
     def close(self) -> None:
         """Close both tiers. Idempotent; a later call opens anew."""
         self.mirror.close()
@@ -399,7 +403,11 @@ class _MirrorWatch:
         if not store.info.lazy:
             return batches
         return [
-            replace(batch, changes=tuple(change for change in batch.changes if store._is_eager(change.key)))
+            replace(
+                batch,
+                changes=tuple(change for change in batch.changes if store._is_eager(change.key)),
+                lazy_changes=tuple(change for change in batch.changes if not store._is_eager(change.key)),
+            )
             for batch in batches
         ]
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from veltrix_mw.errors import Compacted, StoreError, StoreUnavailable
+from veltrix_mw.errors import Compacted, SettingsError, StoreError, StoreUnavailable
 from veltrix_mw.keys import outermost
 from veltrix_mw.protocols import (
     ChangeRecord,
@@ -23,6 +23,7 @@ from veltrix_mw.protocols import (
     Listing,
     Position,
     RawOperation,
+    RawUnit,
     RawVersion,
     Restored,
     StoreInfo,
@@ -265,6 +266,20 @@ class RedisStore:
             _check_exists(revision, listed.meta)
             position = self._undo(connection, listed.entries, listed.meta, revision)
         return Listing(position, listed.ascending(self._lazy))
+
+    def read_units(
+        self,
+        names: Sequence[str],  # noqa: ARG002
+        position: Position,  # noqa: ARG002
+        *,
+        timeout_s: float,  # noqa: ARG002
+    ) -> dict[str, RawUnit]:
+        # The entries are one hash, which cannot be ranged. An index would hold each key a second time, for a store that
+        # small teams use: it comes when somebody wants it.
+        raise SettingsError(
+            "Redis as the authority cannot be read a lazy unit at a time: leave these prefixes out of lazy=, or make "
+            "etcd or SQLite the authority"
+        )
 
     def close(self) -> None:
         """End the watches and close every connection. Idempotent; a later call opens anew."""

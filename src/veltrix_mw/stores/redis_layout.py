@@ -218,10 +218,11 @@ class StreamEntry:
     left_out: tuple[str, ...] = ()
 
     def batch(self, *, lazy: tuple[str, ...] = (), origin: str = "") -> Batch:
-        changes = self.changes
+        changes, lazy_changes = self.changes, tuple[RawChange, ...]()
         if lazy:
+            lazy_changes = tuple(change for change in changes if change.key.startswith(lazy))
             changes = tuple(change for change in changes if not change.key.startswith(lazy))
-        return Batch(self.position, self.previous, changes, self.record, origin, self.left_out)
+        return Batch(self.position, self.previous, changes, self.record, origin, self.left_out, lazy_changes)
 
 
 def stream_id(revision: int) -> str:

@@ -12,6 +12,7 @@ that the current value of a key can always say who wrote it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import secrets
@@ -35,12 +36,14 @@ from veltrix_mw.protocols import (
     Position,
     RawChange,
     RawOperation,
+    RawUnit,
     RawVersion,
     Restored,
     StoreInfo,
 )
 from veltrix_mw.stores.conditions import check
 from veltrix_mw.stores.sqlite_file import Connection, SqliteFile, primary_code
+from veltrix_mw.stores.units import MAX_UNIT_KEYS, bounded
 from veltrix_mw.values import MAX_VALUE_BYTES, MISSING, Missing
 
 __all__ = ["SqliteStore"]
@@ -53,6 +56,13 @@ _MAX_BATCH_BYTES: Final = 1024 * 1024  # ... and bytes of values, but for one re
 _NEWEST: Final = (
     "FROM versions INDEXED BY versions_newest "
     "WHERE namespace = ? AND key >= ? AND key < ? AND until IS NULL AND value IS NOT NULL"
+)
+
+# The entries in one span of keys, as they were at a revision, which is given twice.
+_PAST: Final = (
+    "SELECT key, value, revision FROM versions INDEXED BY versions_by_key "
+    "WHERE namespace = ? AND key >= ? AND key < ? "
+    "AND revision <= ? AND (until IS NULL OR until > ?) AND value IS NOT NULL"
 )
 
 # INDEXED BY: left to itself SQLite walks the whole namespace for `new`, at every commit.
@@ -238,14 +248,24 @@ class SqliteStore:
             entries = [
                 entry
                 for span in self._eager_spans
-                for entry in db.execute(
-                    "SELECT key, value, revision FROM versions INDEXED BY versions_by_key "
-                    "WHERE namespace = ? AND key >= ? AND key < ? "
-                    "AND revision <= ? AND (until IS NULL OR until > ?) AND value IS NOT NULL ORDER BY key",
-                    (head.id, *span, revision, revision),
-                )
+                for entry in db.execute(f"{_PAST} ORDER BY key", (head.id, *span, revision, revision))
             ]
         return Listing(position, entries)
+
+    def read_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> dict[str, RawUnit]:
+        revision = position.revision
+        with self._file.session(timeout_s) as db, db.reading():
+            head = self._head(db)
+            _check_kept(db, head, position)
+            found: dict[str, RawUnit] = {}
+            for name in names:
+                # The key of that name, then what hangs below it: '0' is the character after '/'.
+                rows = itertools.chain.from_iterable(
+                    db.execute(f"{_PAST} ORDER BY key LIMIT ?", (head.id, *span, revision, revision, MAX_UNIT_KEYS + 1))
+                    for span in ((name, f"{name}\0"), (f"{name}/", f"{name}0"))
+                )
+                found[name] = bounded(name, rows)
+        return found
 
     def close(self) -> None:
         """End the watches and close every connection. Idempotent; a later call opens anew."""
@@ -454,6 +474,14 @@ def _check_past(head: _Head, revision: int) -> None:
         raise Compacted(f"revision {revision} is no longer kept; the oldest that is kept is {head.oldest}")
 
 
+def _check_kept(db: Connection, head: _Head, position: Position) -> None:
+    """Raise `Restored` or `Compacted` unless the namespace as of `position` is known."""
+    is_other = position.fingerprint and _mark(db, head, position.revision) not in {None, position.fingerprint}
+    if position.incarnation not in {"", head.incarnation} or position.revision > head.revision or is_other:
+        raise Restored(f"revision {position.revision} that was followed is not in the file any more; list again")
+    _check_past(head, position.revision)
+
+
 def _is_compacted(head: _Head, revision: int) -> bool:
     # Revision 0, the empty namespace, is known for as long as everything is.
     return revision < head.oldest and not (revision == 0 and head.oldest == 1)
@@ -551,15 +579,19 @@ def _batches(db: Connection, head: _Head, applied: int, lazy: tuple[str, ...]) -
         size += length
         if batches and size > _MAX_BATCH_BYTES:
             break
-        changes = db.execute(
-            "SELECT key, value FROM versions WHERE namespace = ? AND revision = ? ORDER BY key", (head.id, revision)
-        )
+        changes = [
+            RawChange(key, _value(raw))
+            for key, raw in db.execute(
+                "SELECT key, value FROM versions WHERE namespace = ? AND revision = ? ORDER BY key", (head.id, revision)
+            )
+        ]
         batches.append(
             Batch(
                 Position(head.incarnation, revision, mark),
                 revision - 1,
-                tuple(RawChange(key, _value(raw)) for key, raw in changes if not key.startswith(lazy)),
+                tuple(change for change in changes if not change.key.startswith(lazy)),
                 ChangeRecord(*record),
+                lazy_changes=tuple(change for change in changes if change.key.startswith(lazy)),
             )
         )
     return batches
