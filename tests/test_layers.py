@@ -41,6 +41,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "relay_report",
             "relay_thread",
             "lazy",
+            "unit_reader",
             "fleet",
         }
     ),

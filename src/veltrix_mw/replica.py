@@ -24,7 +24,17 @@ from typing import Any, Final
 
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, StoreError, public_class
 from veltrix_mw.keyspace import Keyspace
-from veltrix_mw.protocols import Batch, ChangeRecord, Confirmation, Listing, Moved, Position, RawVersion, Restored
+from veltrix_mw.protocols import (
+    Batch,
+    ChangeRecord,
+    Confirmation,
+    Listing,
+    Moved,
+    Position,
+    RawChange,
+    RawVersion,
+    Restored,
+)
 from veltrix_mw.snapshot import Rejection, Snapshot
 from veltrix_mw.sorted_map import Item
 
@@ -145,6 +155,9 @@ class Publication:
     `changed` names the keys whose served entry may differ from the snapshot before; None: compare the two.
     `records` are the change records of the revisions that it applied. `position` is where it stands; `left` are the
     labels that were followed before, which whoever resumes here must know.
+
+    `lazy_changes` are, by revision, the changes below lazy prefixes since the snapshot before: all of them, but for
+    those below the prefixes that are `left_out`. Where `changed` is None it says nothing of them.
     """
 
     snapshot: Snapshot
@@ -152,6 +165,8 @@ class Publication:
     records: tuple[ChangeRecord, ...]
     position: Position
     left: tuple[str, ...] = ()
+    lazy_changes: tuple[tuple[int, tuple[RawChange, ...]], ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 # Events: what happened.
@@ -348,6 +363,8 @@ class Replica:
         self._served: Snapshot = keyspace.snapshot
         self._changed: set[str] | None = set()
         self._records: list[ChangeRecord] = []
+        self._lazy_changes: list[tuple[int, tuple[RawChange, ...]]] = []
+        self._left_out: set[str] = set()
         self.reconnects = 0
         self.error: StoreError | None = None
 
@@ -510,6 +527,9 @@ class Replica:
             changed = self._keyspace.apply(batch)
             self._position = batch.position
             self._records.append(batch.record)
+            self._left_out.update(batch.lazy)
+            if batch.lazy_changes:
+                self._lazy_changes.append((batch.position.revision, batch.lazy_changes))
             if self._changed is not None:
                 self._changed |= changed
             if self.snapshot.rejected is not before:
@@ -719,6 +739,15 @@ class Replica:
         if snapshot is self._served or position is None or isinstance(self._step, ReadHistory):
             return None
         changed = None if self._changed is None else frozenset(self._changed)
-        publication = Publication(snapshot, changed, tuple(self._records), position, tuple(self._left))
+        publication = Publication(
+            snapshot,
+            changed,
+            tuple(self._records),
+            position,
+            tuple(self._left),
+            tuple(self._lazy_changes),
+            tuple(sorted(self._left_out)),
+        )
         self._served, self._changed, self._records = snapshot, set(), []
+        self._lazy_changes, self._left_out = [], set()
         return publication

@@ -1,0 +1,326 @@
+"""Lazy units: those that this process holds and keeps current, and those that are on their way.
+
+Owns which version of a unit a view reads. Reads nothing itself (`unit_reader` does), and knows no thread, socket or
+clock.
+
+::
+
+    begin(names) ──► they are read as of the position that it gives ──► land: held, and current from then on
+    take(publication): what is held goes on to its next version; what is on its way catches up when it lands
+    a list, another history: nothing is held any more
+
+A view of revision R reads the version that was current at R. As all changes up to R are taken before a view of R is
+given out, no view sees a unit that is older than its snapshot, nor one that is newer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from veltrix_mw.keys import MAX_KEY_BYTES, unit_of
+from veltrix_mw.keyspace import Keyspace
+from veltrix_mw.protocols import Batch, Listing, Position, RawChange, RawUnit
+from veltrix_mw.replica import Publication
+from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.stores.units import MAX_UNIT_BYTES, MAX_UNIT_KEYS
+from veltrix_mw.validation import Schemas
+from veltrix_mw.values import Missing
+
+__all__ = ["Cache", "LazyUnits", "Reading", "Unit"]
+
+_EARLIER: Final = 4  # versions of a held unit beside the newest: a request reads one that is seconds old at most
+_RECENT: Final = 10_000  # units of which it is known when they changed last, held or not
+_REFUSED: Final = 1_000
+_UNIT_BYTES: Final = 1_000  # what a unit takes beside its keys and values ...
+_ENTRY_BYTES: Final = 200  # ... and a key beside its name and its JSON text
+_MOST_BYTES: Final = MAX_UNIT_BYTES + MAX_UNIT_KEYS * (_ENTRY_BYTES + MAX_KEY_BYTES)  # of a unit within the bounds
+
+# What one revision changed of one unit.
+_Step = tuple[int, tuple[RawChange, ...]]
+
+
+class Unit:
+    """One lazy unit as it was from one change to the next: versions, the newest first, up to a revision.
+
+    `incarnation` is the one that views of it are of. Replaced whole, never changed.
+    """
+
+    __slots__ = ("incarnation", "size", "until", "versions")
+
+    def __init__(
+        self, incarnation: str, versions: tuple[tuple[int, Snapshot], ...], until: int | None, size: int
+    ) -> None:
+        self.incarnation = incarnation
+        self.versions = versions  # (the revision from which it holds, what it is)
+        self.until = until  # the last revision that it is known for; None while it is kept current
+        self.size = size
+
+    def at(self, pinned: Snapshot) -> Snapshot | None:
+        """What a view of that snapshot reads of it; None where that is not known."""
+        revision = pinned._revision
+        if pinned._incarnation != self.incarnation or (self.until is not None and revision > self.until):
+            return None
+        return next((version for since, version in self.versions if since <= revision), None)
+
+
+class Cache(Protocol):
+    """Holds units within bounds of its own, which may let any of them go at any time."""
+
+    def get(self, name: str, default: None) -> Unit | None: ...
+    def put(self, name: str, value: Unit, size_bytes: int) -> None: ...
+    def replace(self, name: str, value: Unit, size_bytes: int) -> bool: ...
+    def discard(self, name: str) -> None: ...
+    def clear(self) -> None: ...
+    def names(self) -> Sequence[str]: ...
+    def __contains__(self, name: str) -> bool: ...
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """A unit that is on its way: since when it is unchanged, and what changed of it meanwhile."""
+
+    since: int
+    steps: list[list[_Step]] = field(default_factory=list)
+    is_lost: bool = False  # something may have changed that was not told
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """Units that are read as of `position`, in one go."""
+
+    position: Position
+    incarnation: str
+    awaited: dict[str, _Awaited]
+
+
+class LazyUnits:
+    """The lazy units of one namespace in this process.
+
+    Thread-safe. `take` is called by one thread, before the snapshot of its publication is given out.
+    """
+
+    def __init__(self, lazy: Sequence[str], schemas: Schemas, cache: Cache) -> None:
+        """`schemas` are those of single units. The cache is not to be used by others."""
+        self._lazy = tuple(lazy)
+        self._schemas = schemas
+        # Protects all that follows; held while changes are applied, and for dictionary operations.
+        self._lock = threading.Lock()
+        self._cache = cache
+        self._position: Position | None = None
+        self._incarnation = ""
+        self._readings: set[Reading] = set()
+        # When units changed last; of those that are not in there nothing is known but that it was before the floor.
+        self._recent: OrderedDict[str, int] = OrderedDict()
+        self._floor = 0
+        self._unknown_to: dict[str, int] = {}  # prefix -> the last revision whose changes below it were not told
+        self._refused: dict[str, str] = {}  # units that are beyond the bounds, until they change
+        self._keyspaces: dict[str, Keyspace] = {}  # of held units of which something is held back
+
+    def get(self, name: str, pinned: Snapshot) -> Snapshot | None:
+        """The unit as a view of that snapshot reads it, if it is held."""
+        with self._lock:
+            unit = self._cache.get(name, None)
+        return None if unit is None else unit.at(pinned)
+
+    def newest(self, name: str) -> Unit | None:
+        """The unit, if it is held, as who waits for it to be read may read it."""
+        with self._lock:
+            unit = self._cache.get(name, None)
+            return None if unit is None else self._known(unit)
+
+    def refused(self, name: str) -> str:
+        """Why the unit cannot be read, where that is known already; else empty."""
+        return self._refused.get(name, "")
+
+    def judged_with(self, keys: Iterable[str]) -> list[str]:
+        """The units that a schema judges as a whole when these keys of them change."""
+        return sorted({unit_of(key, self._lazy) for key in keys if self._schemas.touched([key])})
+
+    # --- what is followed
+
+    def take(self, publication: Publication) -> None:
+        """Go on to what is about to be served."""
+        revision = publication.position.revision
+        with self._lock:
+            is_other = self._position is None or publication.position.incarnation != self._position.incarnation
+            self._position = publication.position
+            if is_other or publication.changed is None or publication.snapshot.incarnation != self._incarnation:
+                self._incarnation = publication.snapshot.incarnation
+                self._forget_all(revision)
+                return
+            for prefix in publication.left_out:
+                self._unknown_to[prefix] = revision
+            if publication.left_out:
+                self._forget_below(publication.left_out)
+            for name, steps in self._by_unit(publication.lazy_changes).items():
+                self._note_change(name, steps[-1][0])
+                self._refused.pop(name, None)
+                for reading in self._readings:
+                    if (awaited := reading.awaited.get(name)) is not None:
+                        awaited.steps.append(steps)
+                # That it changes counts as a use: what is written all the time is read, as a rule.
+                if (held := self._cache.get(name, None)) is not None:
+                    self._hold(name, self._advanced(name, held, steps), is_new=False)
+
+    def after_fork(self) -> None:
+        """In a forked child: forget what is held, and a lock that a thread of the parent may have held."""
+        self._lock = threading.Lock()
+        self._forget_all(0 if self._position is None else self._position.revision)
+
+    def _by_unit(self, changes: Iterable[tuple[int, Sequence[RawChange]]]) -> dict[str, list[_Step]]:
+        found: dict[str, list[_Step]] = {}
+        for revision, changed in changes:
+            of_units: dict[str, list[RawChange]] = {}
+            for change in changed:
+                of_units.setdefault(unit_of(change.key, self._lazy), []).append(change)
+            for name, mine in of_units.items():
+                found.setdefault(name, []).append((revision, tuple(mine)))
+        return found
+
+    def _note_change(self, name: str, revision: int) -> None:
+        self._recent[name] = revision
+        self._recent.move_to_end(name)
+        if len(self._recent) > _RECENT:
+            _, gone = self._recent.popitem(last=False)
+            self._floor = max(self._floor, gone)
+
+    def _unchanged_since(self, name: str) -> int:
+        unknown_to = next((at for prefix, at in self._unknown_to.items() if name.startswith(prefix)), 0)
+        return max(self._recent.get(name, self._floor), unknown_to)
+
+    def _forget_all(self, revision: int) -> None:
+        self._floor = revision
+        self._cache.clear()
+        self._readings.clear()
+        self._recent.clear()
+        self._unknown_to.clear()
+        self._refused.clear()
+        self._keyspaces.clear()
+
+    def _forget_below(self, prefixes: tuple[str, ...]) -> None:
+        """Let go of what may have changed without a word of it."""
+        for name in self._cache.names():
+            if name.startswith(prefixes):
+                self._cache.discard(name)
+                self._keyspaces.pop(name, None)
+        for name in [name for name in self._refused if name.startswith(prefixes)]:
+            del self._refused[name]
+        for reading in self._readings:
+            for name, awaited in reading.awaited.items():
+                awaited.is_lost = awaited.is_lost or name.startswith(prefixes)
+
+    # --- what is read
+
+    def begin(self, names: Iterable[str]) -> Reading | None:
+        """From here on changes of these units are kept for them; None where nothing is followed yet."""
+        with self._lock:
+            if self._position is None:
+                return None
+            awaited = {name: _Awaited(self._unchanged_since(name)) for name in names}
+            reading = Reading(self._position, self._incarnation, awaited)
+            self._readings.add(reading)
+            return reading
+
+    def end(self, reading: Reading) -> None:
+        """It brought nothing. Idempotent."""
+        with self._lock:
+            self._readings.discard(reading)
+
+    def land(self, reading: Reading, units: Mapping[str, RawUnit]) -> dict[str, Unit]:
+        """Hold what was read, but for what was refused. Returns what may be read of each by who waited for it."""
+        landed: dict[str, Unit] = {}
+        for name, raw in units.items():
+            if raw.refused:
+                self._note_refused(reading, name, raw.refused)
+                continue
+            keyspace, size = self._keyspace_of(raw, reading), _size_of(raw)  # without the lock: it decodes
+            since = reading.awaited[name].since
+            unit = Unit(reading.incarnation, ((since, keyspace.snapshot),), reading.position.revision, size)
+            with self._lock:
+                landed[name] = self._landed(reading, name, unit, keyspace)
+        self.end(reading)
+        return landed
+
+    def past(self, raw: RawUnit, incarnation: str, revision: int) -> Snapshot:
+        """What was read as of a revision that views are of; it is not held."""
+        return self._keyspace_of(raw, Reading(Position(incarnation, revision), incarnation, {})).snapshot
+
+    def position_of(self, incarnation: str, revision: int) -> Position | None:
+        """Where to read what a view of that revision reads; None where its history was replaced."""
+        with self._lock:
+            position = self._position
+            if position is None or incarnation != self._incarnation:
+                return None
+            return position if position.revision == revision else Position(position.incarnation, revision)
+
+    def _landed(self, reading: Reading, name: str, unit: Unit, keyspace: Keyspace) -> Unit:
+        """Let it catch up, and hold it; a unit of a history or a time that nothing follows is only handed on."""
+        awaited = reading.awaited[name]
+        if reading not in self._readings or awaited.is_lost:
+            return unit
+        if keyspace.snapshot.rejected:
+            self._keyspaces[name] = keyspace
+        else:
+            self._keyspaces.pop(name, None)
+        unit = Unit(unit.incarnation, unit.versions, None, unit.size)
+        for steps in awaited.steps:
+            unit = self._advanced(name, unit, steps)
+        self._hold(name, unit)
+        return self._known(unit)
+
+    def _known(self, unit: Unit) -> Unit:
+        """For who may ask of it later, when it has changed since and is held no more."""
+        assert self._position is not None
+        return Unit(unit.incarnation, unit.versions, self._position.revision, unit.size)
+
+    def _note_refused(self, reading: Reading, name: str, why: str) -> None:
+        with self._lock:
+            awaited = reading.awaited[name]
+            if reading in self._readings and not awaited.is_lost and not awaited.steps:
+                if len(self._refused) >= _REFUSED:
+                    self._refused.clear()
+                self._refused[name] = why
+
+    def _keyspace_of(self, raw: RawUnit, reading: Reading) -> Keyspace:
+        keyspace = Keyspace(self._schemas)
+        keyspace.restore(
+            Listing(reading.position, raw.entries), incarnation=reading.incarnation, origin="lazy", proved_at_s=0.0
+        )
+        return keyspace
+
+    def _advanced(self, name: str, unit: Unit, steps: Sequence[_Step]) -> Unit:
+        """The unit after changes that came in one publication: no view is of a revision in between."""
+        keyspace = self._keyspaces.get(name)
+        if keyspace is None:
+            keyspace = Keyspace(self._schemas)
+            keyspace.resume(unit.versions[0][1])
+        size = unit.size
+        for revision, changes in steps:
+            keyspace.apply(Batch(Position(unit.incarnation, revision), 0, changes))
+            # What it replaces is not taken off: a unit that is changed again and again is read anew now and then.
+            size += sum(0 if isinstance(change.value, Missing) else len(change.value) for change in changes)
+        if keyspace.snapshot.rejected:
+            self._keyspaces[name] = keyspace
+        else:
+            self._keyspaces.pop(name, None)
+        versions = ((steps[-1][0], keyspace.snapshot), *unit.versions[:_EARLIER])
+        return Unit(unit.incarnation, versions, unit.until, size)
+
+    def _hold(self, name: str, unit: Unit, *, is_new: bool = True) -> None:
+        if unit.size > _MOST_BYTES or len(unit.versions[0][1]) > MAX_UNIT_KEYS:
+            self._cache.discard(name)  # whoever asks for it reads it anew, and is told if it is beyond the bounds
+        elif is_new:
+            self._cache.put(name, unit, unit.size)
+        else:
+            self._cache.replace(name, unit, unit.size)
+        if len(self._keyspaces) > _REFUSED:
+            # Units with a fault that the cache let go of.
+            self._keyspaces = {name: kept for name, kept in self._keyspaces.items() if name in self._cache}
+
+
+def _size_of(raw: RawUnit) -> int:
+    return _UNIT_BYTES + sum(_ENTRY_BYTES + len(key) + len(value) for key, value, _ in raw.entries)
