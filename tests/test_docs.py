@@ -169,6 +169,13 @@ AROUND: Final[dict[str, tuple[str, str]]] = {
         "    assert http.get('/limit', headers={'X-Tenant': 'acme'}).json() == 500\n"
         "    assert http.get('/limit', headers={'X-Tenant': 'a/../b'}).status_code == 400",
     ),
+    "fastapi-lazy": (
+        "",
+        _FASTAPI_ANSWERS + "assert http.get('/limit').json() == 50\n"
+        "    assert http.get('/limit', headers={'X-Tenant': 'acme'}).json() == 500\n"
+        "    assert http.get('/limit', headers={'X-Tenant': 'a/../b'}).status_code == 400\n"
+        "    assert http.get('/zone').json() == 'eu'",
+    ),
     "wsgi": (
         (
             "def app(environ, start_response):\n"

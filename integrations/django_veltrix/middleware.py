@@ -16,7 +16,7 @@ from django.http.response import HttpResponseBase
 from django_veltrix.project import Project, current_project
 from django_veltrix.streaming import carry, is_streamed
 from veltrix_mw import InvalidKey, NoCurrentView, Pinned, SettingsError, View, current_view
-from veltrix_mw.request_layers import BAD_LAYER
+from veltrix_mw.request_layers import BAD_LAYER, InvalidLayerPolicy
 from veltrix_mw.wsgi import VIEW_KEY
 
 __all__ = ["ConfigMiddleware"]
@@ -54,13 +54,17 @@ class ConfigMiddleware:
         if not client.begun:
             client.view()  # whoever takes a view starts it
             client.wait_start()
-        layers: Any = ()
-        if project.request_layers is not None:
-            layers = project.request_layers(request)
-            if isawaitable(layers):
-                layers = async_to_sync(_awaited)(layers)
-        pinned = _pin(project, request, layers)
-        if pinned is None:
+        layers: Any = () if project.request_layers is None else project.request_layers(request)
+        if isawaitable(layers):
+            layers = async_to_sync(_awaited)(layers)
+        try:
+            pinned = _pin(project, request, layers)
+            if client.lazy:
+                keys: Any = () if project.request_prefetch is None else project.request_prefetch(request)
+                if isawaitable(keys):
+                    keys = async_to_sync(_awaited)(keys)
+                pinned.load(_listed(keys, "PREFETCH", "keys"), on_invalid_key=_policy(project))
+        except InvalidKey:
             return _refusal()
         request.config = pinned.view  # type: ignore[attr-defined]
         pinned.__enter__()
@@ -81,13 +85,17 @@ class ConfigMiddleware:
         if not client.begun:
             client.view()
             await client.await_start()
-        layers: Any = ()
-        if project.request_layers is not None:
-            layers = project.request_layers(request)
-            if isawaitable(layers):
-                layers = await layers
-        pinned = _pin(project, request, layers)
-        if pinned is None:
+        layers: Any = () if project.request_layers is None else project.request_layers(request)
+        if isawaitable(layers):
+            layers = await layers
+        try:
+            pinned = _pin(project, request, layers)
+            if client.lazy:
+                keys: Any = () if project.request_prefetch is None else project.request_prefetch(request)
+                if isawaitable(keys):
+                    keys = await keys
+                await pinned.aload(_listed(keys, "PREFETCH", "keys"), on_invalid_key=_policy(project))
+        except InvalidKey:
             return _refusal()
         request.config = pinned.view  # type: ignore[attr-defined]
         pinned.__enter__()
@@ -115,24 +123,31 @@ def _is_pinned(request: HttpRequest) -> bool:
         return False
 
 
-async def _awaited(layers: Awaitable[Any]) -> Any:
-    return await layers
+async def _awaited(given: Awaitable[Any]) -> Any:
+    return await given
 
 
-def _pin(project: Project, request: HttpRequest, layers: Any) -> Pinned | None:
-    """The request's pin with its layers, or None if one of them is invalid and is to be refused."""
+def _policy(project: Project) -> InvalidLayerPolicy:
+    return "ignore" if project.ignore_invalid_layer else "reject"
+
+
+def _listed(given: Any, name: str, what: str) -> tuple[Any, ...]:
+    """What a function of the request gave; a str would be taken for as many as it has letters."""
+    if isinstance(given, str):
+        example = "tenants/acme/" if what == "prefixes" else "tenants/acme/limit"
+        raise SettingsError(f"settings.VELTRIX['REQUEST_{name}'] gives a list of {what}, like [{example!r}]")
+    return tuple(given)
+
+
+def _pin(project: Project, request: HttpRequest, layers: Any) -> Pinned:
+    """The request's pin with its layers. Raises `InvalidKey` if one of them is invalid and is to be refused."""
     view = project.client.view()
     if VIEW_KEY in getattr(request, "scope", request.META):
         # A WSGI or ASGI middleware around Django has pinned this request: it is to see one revision.
         view = Pinned.prefer_current(view)
     pinned = Pinned(view)
     if layers:
-        if isinstance(layers, str):
-            raise SettingsError("settings.VELTRIX['REQUEST_LAYERS'] gives a list of prefixes, like ['tenants/acme/']")
-        try:
-            pinned.lay(tuple(layers), on_invalid_layer="ignore" if project.ignore_invalid_layer else "reject")
-        except InvalidKey:
-            return None
+        pinned.lay(_listed(layers, "LAYERS", "prefixes"), on_invalid_layer=_policy(project))
     return pinned
 
 

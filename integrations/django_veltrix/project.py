@@ -12,7 +12,7 @@ from typing import Any
 
 from django.core.signals import setting_changed
 
-from django_veltrix.settings import RequestLayers, Settings
+from django_veltrix.settings import OfRequest, Settings
 from veltrix_mw import ConfigClient, SettingsError
 
 __all__ = ["Project", "current_project", "get_client"]
@@ -26,11 +26,12 @@ class Project:
     Making one opens nothing and starts nothing. A client that the project handed in is the project's to close.
     """
 
-    __slots__ = ("_ours", "client", "ignore_invalid_layer", "request_layers", "revision_header")
+    __slots__ = ("_ours", "client", "ignore_invalid_layer", "request_layers", "request_prefetch", "revision_header")
 
     def __init__(self, settings: Settings) -> None:
         self.client, self._ours = _client(settings)
-        self.request_layers: RequestLayers | None = settings.request_layers
+        self.request_layers: OfRequest | None = settings.request_layers
+        self.request_prefetch: OfRequest | None = settings.request_prefetch
         self.ignore_invalid_layer = settings.ignore_invalid_layer
         self.revision_header = settings.revision_header
 

@@ -19,10 +19,10 @@ from django.utils.module_loading import import_string
 
 from veltrix_mw import ConfigClient, SettingsError
 
-__all__ = ["EMBEDDED_FILE", "MissingUrl", "RequestLayers", "Settings", "embedded_url", "unknown_names"]
+__all__ = ["EMBEDDED_FILE", "MissingUrl", "OfRequest", "Settings", "embedded_url", "unknown_names"]
 
-RequestLayers = Callable[[HttpRequest], Any]
-"""`REQUEST_LAYERS`: request -> prefixes, or a coroutine function of that."""
+OfRequest = Callable[[HttpRequest], Any]
+"""`REQUEST_LAYERS` and `REQUEST_PREFETCH`: request -> prefixes, or keys; or a coroutine function of that."""
 
 EMBEDDED_FILE: Final = "veltrix.db"
 """The file in BASE_DIR that a project with DEBUG on and without a URL keeps its config in."""
@@ -39,12 +39,14 @@ _ARGUMENTS: Final[Mapping[str, str]] = {
     "TELEMETRY": "telemetry",
     "MAX_AGE_S": "max_age_s",
     "START_TIMEOUT_S": "start_timeout_s",
+    "FETCH_TIMEOUT_S": "fetch_timeout_s",
+    "LAZY_MAX_BYTES": "lazy_max_bytes",
     "RELAY": "relay",
     "INSTANCE": "instance",
 }
 """What makes the client, and the argument of `ConfigClient` that each is."""
 
-_NAMES: Final = (*_ARGUMENTS, "CLIENT", "REQUEST_LAYERS", "ON_INVALID_LAYER", "REVISION_HEADER")
+_NAMES: Final = (*_ARGUMENTS, "CLIENT", "REQUEST_LAYERS", "REQUEST_PREFETCH", "ON_INVALID_LAYER", "REVISION_HEADER")
 
 _TYPES: Final[Mapping[str, tuple[tuple[type, ...], str]]] = {
     "URL": ((str,), "a str such as 'sqlite:////srv/shop/config.db'"),
@@ -71,13 +73,14 @@ class Settings:
     """A project's `VELTRIX`, checked as far as that needs no store.
 
     `arguments` are those of `ConfigClient`; `client` is a client, a function that makes one, or None; `embedded`
-    is the file that DEBUG fell back to, or None. `request_layers` may be a coroutine function.
+    is the file that DEBUG fell back to, or None. `request_layers` and `request_prefetch` may be coroutine functions.
     """
 
     arguments: Mapping[str, Any]
     client: ConfigClient | Callable[[], object] | None
     embedded: Path | None
-    request_layers: RequestLayers | None
+    request_layers: OfRequest | None
+    request_prefetch: OfRequest | None
     ignore_invalid_layer: bool
     revision_header: bool
 
@@ -106,7 +109,8 @@ class Settings:
             arguments=arguments,
             client=client,
             embedded=embedded,
-            request_layers=_request_layers(given),
+            request_layers=_of_request(given, "REQUEST_LAYERS", "prefixes"),
+            request_prefetch=_of_request(given, "REQUEST_PREFETCH", "keys"),
             ignore_invalid_layer=policy == "ignore",
             revision_header=given.get("REVISION_HEADER", False),
         )
@@ -164,17 +168,17 @@ def _client(given: Mapping[str, Any]) -> ConfigClient | Callable[[], object] | N
     )
 
 
-def _request_layers(given: Mapping[str, Any]) -> RequestLayers | None:
-    found = given.get("REQUEST_LAYERS")
+def _of_request(given: Mapping[str, Any], name: str, gives: str) -> OfRequest | None:
+    found = given.get(name)
     if found is None:
         return None
-    found = _imported("REQUEST_LAYERS", found)
+    found = _imported(name, found)
     if not callable(found):
         raise SettingsError(
-            "settings.VELTRIX['REQUEST_LAYERS'] is a function of a request that gives prefixes, or its dotted path, "
+            f"settings.VELTRIX[{name!r}] is a function of a request that gives {gives}, or its dotted path, "
             f"not {type(found).__name__}"
         )
-    return cast("RequestLayers", found)
+    return cast("OfRequest", found)
 
 
 def _models(schemas: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

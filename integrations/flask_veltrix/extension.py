@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from flask import Flask
 
-from flask_veltrix.pins import Layers, Pins
+from flask_veltrix.pins import Layers, Pins, Prefetch
 from flask_veltrix.settings import chosen_client
 from flask_veltrix.templates import add_to_templates
 from veltrix_mw import ConfigClient, SettingsError
@@ -27,8 +27,12 @@ class Veltrix:
         client: the client of every app that is given none of its own; else each app's is made from its `VELTRIX_*`
             settings. A client that is handed in is the caller's to close.
         layers: `layers(request)` gives the prefixes laid over the base for this request, for example
-            `["tenants/acme/"]`. Called once a request, before the app's own `before_request` functions.
-        on_invalid_layer: `reject` answers 400 to a request whose layer is no prefix; `ignore` drops the layer.
+            `["tenants/acme/"]`. Called once a request, before the app's own `before_request` functions. Units that lie
+            below lazy prefixes are loaded then.
+        prefetch: `prefetch(request)` gives keys below lazy prefixes whose units are loaded then, too, all at once. The
+            view function then only reads; what could not be loaded raises `NotLoaded` there.
+        on_invalid_layer: `reject` answers 400 to a request whose layer is no prefix, or whose key to prefetch is none;
+            `ignore` drops it.
 
     Raises:
         SettingsError: a setting is missing, wrong or unknown, or the app has a Veltrix already.
@@ -40,14 +44,18 @@ class Veltrix:
         *,
         client: ConfigClient | None = None,
         layers: Layers | None = None,
+        prefetch: Prefetch | None = None,
         on_invalid_layer: InvalidLayerPolicy = "reject",
     ) -> None:
         if layers is not None and not callable(layers):
             raise SettingsError(
                 "layers= is a function of the request; prefixes that every request has are VELTRIX_LAYERS"
             )
+        if prefetch is not None and not callable(prefetch):
+            raise SettingsError("prefetch= is a function of the request, which gives keys")
         self._client = client
         self._layers = layers
+        self._prefetch = prefetch
         self._on_invalid_layer: InvalidLayerPolicy = checked_policy(on_invalid_layer)
         if app is not None:
             self.init_app(app)
@@ -66,6 +74,7 @@ class Veltrix:
             url=chosen.url,
             mirror=chosen.mirror,
             layers=self._layers,
+            prefetch=self._prefetch,
             on_invalid_layer=self._on_invalid_layer,
         )
         pins.install(revision_header=chosen.revision_header)

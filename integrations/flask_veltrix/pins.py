@@ -29,9 +29,10 @@ from veltrix_mw import ConfigClient, InvalidKey, Pinned, SettingsError, View
 from veltrix_mw.request_layers import BAD_LAYER, InvalidLayerPolicy
 from veltrix_mw.wsgi import VIEW_KEY, ConfigMiddleware, carried_body
 
-__all__ = ["Layers", "Pins"]
+__all__ = ["Layers", "Pins", "Prefetch"]
 
 Layers = Callable[[Request], Iterable[str]]
+Prefetch = Callable[[Request], Iterable[str]]
 
 _Environ = dict[str, Any]
 _App = Callable[[_Environ, Any], Iterable[bytes]]
@@ -70,6 +71,7 @@ class Pins:
         url: str | None,
         mirror: str | None,
         layers: Layers | None,
+        prefetch: Prefetch | None,
         on_invalid_layer: InvalidLayerPolicy,
     ) -> None:
         self.client = client
@@ -77,6 +79,7 @@ class Pins:
         self._mirror = mirror
         self._app = app
         self._layers = layers
+        self._prefetch = prefetch
         self._on_invalid_layer: InvalidLayerPolicy = on_invalid_layer
         self._key = f"flask_veltrix.{id(self):x}"  # an environ may pass through several apps
         self._placed = False
@@ -150,15 +153,27 @@ class Pins:
         return held
 
     def _lay(self, pinned: Pinned) -> None:
-        if self._layers is None:
-            return
-        layers = self._layers(request._get_current_object())  # type: ignore[attr-defined]
-        if isinstance(layers, str):
-            raise SettingsError("layers= returns a sequence of prefixes, for example ['tenants/acme/'], not a str")
+        """Lay the request's layers, then load what of them is lazy, and what the app wants beside it."""
         try:
-            pinned.lay(tuple(layers), on_invalid_layer=self._on_invalid_layer)
+            if self._layers is not None:
+                layers = self._layers(request._get_current_object())  # type: ignore[attr-defined]
+                if isinstance(layers, str):
+                    raise SettingsError(
+                        "layers= returns a sequence of prefixes, for example ['tenants/acme/'], not a str"
+                    )
+                pinned.lay(tuple(layers), on_invalid_layer=self._on_invalid_layer)
+            if self.client.lazy:
+                pinned.load(self._keys(), on_invalid_key=self._on_invalid_layer)
         except InvalidKey as exc:
             raise _InvalidLayer from exc
+
+    def _keys(self) -> tuple[str, ...]:
+        if self._prefetch is None:
+            return ()
+        keys = self._prefetch(request._get_current_object())  # type: ignore[attr-defined]
+        if isinstance(keys, str):
+            raise SettingsError("prefetch= returns a sequence of keys, for example ['tenants/acme/limit'], not a str")
+        return tuple(keys)
 
     # Flask's hooks
 

@@ -32,6 +32,8 @@ CLIENT_SETTINGS: Final[Mapping[str, str]] = {
     "VELTRIX_TELEMETRY": "telemetry",
     "VELTRIX_MAX_AGE_S": "max_age_s",
     "VELTRIX_START_TIMEOUT_S": "start_timeout_s",
+    "VELTRIX_FETCH_TIMEOUT_S": "fetch_timeout_s",
+    "VELTRIX_LAZY_MAX_BYTES": "lazy_max_bytes",
     "VELTRIX_RELAY": "relay",
     "VELTRIX_INSTANCE": "instance",
 }

@@ -29,11 +29,13 @@ class ConfigMiddleware(asgi.ConfigMiddleware):
         client: the client; what the app reads and writes with outside of requests too.
         url: instead of a client, its URL: `sqlite:///config.db`; without both, `$VELTRIX_URL`. The client that is
             made so is started by the lifespan or by the first request, and closed by the lifespan.
-        layers: `layers(scope)` gives the prefixes laid over the base for this request.
+        layers: `layers(scope)` gives the prefixes laid over the base for this request. Units that lie below lazy
+            prefixes are loaded before the app is called.
+        prefetch: `prefetch(scope)` gives keys below lazy prefixes whose units are loaded then, too.
         attribute: the name in `request.state`.
         revision_header: whether responses carry `X-Config-Revision`.
         on_invalid_layer: `reject` answers 400 (a websocket is closed with 1008) to a request whose layer is no
-            prefix; `ignore` drops the layer.
+            prefix, or whose key to prefetch is none; `ignore` drops it.
         settings: without `client`, what `ConfigClient` takes: `mirror=` (default `$VELTRIX_MIRROR_URL`), `lazy=`,
             `relay=`, `instance=`, `schemas=`, `defaults=`, `last_known_good=`, ...
 
@@ -49,6 +51,7 @@ class ConfigMiddleware(asgi.ConfigMiddleware):
         client: ConfigClient | None = None,
         url: str | None = None,
         layers: Callable[[Scope], Sequence[str]] | None = None,
+        prefetch: Callable[[Scope], Sequence[str]] | None = None,
         attribute: str = "config",
         revision_header: bool = False,
         on_invalid_layer: InvalidLayerPolicy = "reject",
@@ -65,6 +68,7 @@ class ConfigMiddleware(asgi.ConfigMiddleware):
             app,
             client=made,
             layers=layers,
+            prefetch=prefetch,
             attribute=attribute,
             revision_header=revision_header,
             on_invalid_layer=on_invalid_layer,

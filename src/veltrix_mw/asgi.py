@@ -18,6 +18,7 @@ from veltrix_mw.request_layers import (
     BAD_LAYER,
     InvalidLayerPolicy,
     checked_policy,
+    requested_keys,
     requested_layers,
     requested_view,
 )
@@ -62,11 +63,13 @@ class ConfigMiddleware:
         client: the client; started by the lifespan or by the first request, and closed by the lifespan if it was
             not started before.
         layers: `layers(scope)` gives the prefixes laid over the base for this request, for example
-            `["tenants/acme/"]`.
+            `["tenants/acme/"]`. Units that lie below lazy prefixes are loaded before the app is called.
+        prefetch: `prefetch(scope)` gives keys below lazy prefixes whose units are loaded before the app is called, too,
+            all of them at once. The handler then only reads; what could not be loaded raises `NotLoaded` there.
         attribute: the name in `scope["state"]`.
         revision_header: whether responses carry `X-Config-Revision`.
         on_invalid_layer: `reject` answers 400 (a websocket is closed with 1008) to a request whose layer is no
-            prefix; `ignore` drops the layer.
+            prefix, or whose key to prefetch is none; `ignore` drops it.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ConfigMiddleware:
         *,
         client: ConfigClient,
         layers: Callable[[Scope], Sequence[str]] | None = None,
+        prefetch: Callable[[Scope], Sequence[str]] | None = None,
         attribute: str = "config",
         revision_header: bool = False,
         on_invalid_layer: InvalidLayerPolicy = "reject",
@@ -84,6 +88,8 @@ class ConfigMiddleware:
         self.app = app  # a name that OpenTelemetry's FastAPI instrumentation walks along
         self.client = client
         self._layers = layers
+        self._prefetch = prefetch
+        self._is_lazy = bool(client.lazy)
         self._attribute = attribute
         self._revision_header = revision_header
         self._on_invalid_layer: InvalidLayerPolicy = checked_policy(on_invalid_layer)
@@ -115,6 +121,9 @@ class ConfigMiddleware:
                 await self._start()
             try:
                 view = requested_view(self.client, self._layers, scope, self._on_invalid_layer)
+                if self._is_lazy:
+                    keys = requested_keys(self.client, self._prefetch, scope, self._on_invalid_layer)
+                    await view._aprefetch(keys)
             except InvalidKey:
                 await _refuse(scope, receive, send)
                 return
@@ -139,6 +148,11 @@ class ConfigMiddleware:
             if span is not None:
                 report(span, view)
 
+    @property
+    def _asks_nothing(self) -> bool:
+        """Whether requests get no more here than a view."""
+        return self._layers is None and self._prefetch is None and not self._revision_header
+
     async def _call_inside(self, outer: View, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request that is pinned further out, to `outer`: wrapped twice, or mounted in an app that is wrapped.
 
@@ -148,7 +162,7 @@ class ConfigMiddleware:
         same = outer._views is self._views
         state = scope.setdefault("state", {})
         shadowed = state.get(self._attribute, MISSING)
-        if same and self._layers is None and not self._revision_header and shadowed is outer:
+        if same and self._asks_nothing and shadowed is outer:
             await self.app(scope, receive, send)
             return
         if not same and not self._plain:
@@ -157,6 +171,8 @@ class ConfigMiddleware:
         try:
             if self._layers is not None:
                 pinned.lay(requested_layers(self._layers, scope), on_invalid_layer=self._on_invalid_layer)
+            if self._is_lazy:
+                await pinned.view._aprefetch(requested_keys(self.client, self._prefetch, scope, self._on_invalid_layer))
         except InvalidKey:
             await _refuse(scope, receive, send)
             return
@@ -182,7 +198,7 @@ class ConfigMiddleware:
             client._ensure_running()
             await client.await_start()
         # A client that is ready stays so, also across a fork.
-        self._plain = client.ready and self._layers is None and not self._revision_header
+        self._plain = client.ready and self._asks_nothing and not self._is_lazy
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:

@@ -85,6 +85,8 @@ class ConfigClient:
             object; default `$VELTRIX_MIRROR_URL`, else none; "" for none whatever that says.
         namespace: the namespace, if the URL does not name it.
         lazy: prefixes that no worker holds whole, for example `("tenants/",)`; everything else is eager.
+        lazy_max_bytes: what lazy units may take of this process's memory; those used last are held.
+        fetch_timeout_s: seconds that `view.fetch` waits for a lazy unit, where it is not told otherwise.
         layers: prefixes laid over the base for every view, first wins, for example `("env/prod/",)`.
         schemas: prefix (ends with '/') or single key to a dataclass, msgspec.Struct, pydantic model or JSON Schema.
         defaults: the app's own values, under everything.
@@ -114,6 +116,8 @@ class ConfigClient:
         telemetry: str = "requests",
         max_age_s: float = MAX_AGE_S,
         start_timeout_s: float = 5.0,
+        fetch_timeout_s: float = 2.0,
+        lazy_max_bytes: int = 64 * 1024 * 1024,
         relay: str = "auto",
         instance: str | None = None,
         tracer_provider: TracerProvider | None = None,
@@ -137,6 +141,9 @@ class ConfigClient:
         self._telemetry = Telemetry(telemetry, tracer_provider=tracer_provider, meter_provider=meter_provider)
         self._telemetry.load()
         self.start_timeout_s: float = _positive("start_timeout_s", start_timeout_s)
+        self.fetch_timeout_s: float = _positive("fetch_timeout_s", fetch_timeout_s)
+        if not isinstance(lazy_max_bytes, int) or isinstance(lazy_max_bytes, bool) or lazy_max_bytes <= 0:
+            raise SettingsError(f"lazy_max_bytes is a positive whole number of bytes, not {lazy_max_bytes!r}")
         try:
             self._views = Views(
                 layers=_layers(layers),
@@ -152,6 +159,8 @@ class ConfigClient:
         except ValueError as exc:
             raise SettingsError(f"layers or defaults: {exc}") from exc
         self._schemas = Schemas(schemas or {}, layers=self._views.layers, defaults=self._views.defaults)
+        if info.lazy:
+            self._read_lazily(info.lazy, schemas or {}, lazy_max_bytes)
         self._disk = (
             None
             if last_known_good is None
@@ -180,6 +189,20 @@ class ConfigClient:
         self._stats = _Stats(self)
         _clients.add(self)
         _hook_process()
+
+    def _read_lazily(self, lazy: tuple[str, ...], schemas: Mapping[str, Any], max_bytes: int) -> None:
+        """Give the views what they load lazy units with."""
+        from veltrix_mw.coalesce.unit_cache import UnitCache
+        from veltrix_mw.keys import unit_of
+        from veltrix_mw.lazy import LazyUnits
+        from veltrix_mw.unit_reader import UnitReader
+        from veltrix_mw.validation import Schemas
+
+        views = self._views
+        # A unit can be judged by itself where a schema asks for no more than lies in one.
+        of_units = {name: model for name, model in schemas.items() if unit_of(name, lazy)}
+        views.units = LazyUnits(lazy, Schemas(of_units, defaults=views.defaults), UnitCache(max_bytes=max_bytes))
+        views.reader = UnitReader(self._authority, views.units, timeout_s=self.fetch_timeout_s)
 
     # Lifecycle
 
@@ -223,6 +246,8 @@ class ConfigClient:
         if self._follower is not None:
             return  # somebody has started it again meanwhile
         self._subscriptions.close()
+        if self._views.reader is not None:
+            self._views.reader.close(timeout_s=max(0.1, deadline_s - time.monotonic()))
         if self._disk is not None and follower is not None:
             self._disk.close(max(0.1, deadline_s - time.monotonic()))
         self._store.close()
@@ -555,6 +580,10 @@ class ConfigClient:
             if snapshot.rejected is not before.rejected:
                 known = before.rejected
                 self._stats.rejections += sum(1 for key, why in snapshot.rejected.items() if known.get(key) != why)
+            if self._views.units is not None:
+                self._views.units.take(
+                    publication
+                )  # before: a view of the new revision must find no unit that is older
             self._views.publish(snapshot, publication.changed)
             self._published = publication  # after: a client that says it is ready has a view that is
             self._subscriptions.offer(snapshot, publication.changed)
@@ -685,8 +714,8 @@ class ConfigClient:
         self._last_written = revision
         return revision
 
-    def _current_entries(self) -> Any:
-        """What the authority has now, as far as the writer's schema check needs it."""
+    def _current_entries(self, keys: Sequence[str]) -> Any:
+        """What the authority has now, as far as the writer's schema check of `keys` needs it."""
         written = self._last_written
         if self._follower is not None and not self._has_reached(written):
             # What this process has just written is not here yet; it comes within moments, or the check goes on.
@@ -695,13 +724,20 @@ class ConfigClient:
             self._last_written = 0  # once is enough: after a restore it may never come
         published = self._published
         if published is not None and published.snapshot.origin != "disk" and self._pid == os.getpid():
-            return published.snapshot._entries
-        from veltrix_mw.keyspace import Keyspace
+            entries, position = published.snapshot._entries, published.position
+        else:
+            from veltrix_mw.keyspace import Keyspace
 
-        keyspace = Keyspace(self._schemas)
-        listing = self._authority.list(timeout_s=SCHEMA_LIST_S)
-        keyspace.restore(listing, incarnation="", origin="", proved_at_s=0.0)
-        return keyspace.snapshot._entries
+            keyspace = Keyspace(self._schemas)
+            listing = self._authority.list(timeout_s=SCHEMA_LIST_S)
+            keyspace.restore(listing, incarnation="", origin="", proved_at_s=0.0)
+            entries, position = keyspace.snapshot._entries, listing.position
+        units = self._views.units
+        if units is not None and (names := units.judged_with(keys)):
+            for raw in self._authority.read_units(names, position, timeout_s=self.fetch_timeout_s).values():
+                unit = units.past(raw, position.incarnation, position.revision)
+                entries = entries.updated({key: (value, revision) for key, value, revision in unit._entries.items()})
+        return entries
 
     # Telling
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from veltrix_mw.errors import NoCurrentView
 from veltrix_mw.overrides import process_overrides
 from veltrix_mw.pinning import pinned_view
-from veltrix_mw.request_layers import InvalidLayerPolicy, kept_layers
+from veltrix_mw.request_layers import InvalidLayerPolicy, checked_keys, kept_layers
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.view import CountingView, View
 from veltrix_mw.views import Views, checked_layers
@@ -125,11 +125,25 @@ class Pinned:
         laid = views._layered_view(wanted, None)
         if laid._snapshot is not view._snapshot or laid._overrides is not view._overrides:
             laid = View._make(views, view._snapshot, wanted, view._overrides, {}, view._own)
+        if views.lazy:
+            laid = laid._of_one(view._units)
         if isinstance(view, CountingView):
             laid = views.counting(laid)
             laid._tally = view._tally
         self._replace(laid)
         return laid
+
+    def load(self, keys: Sequence[str] = (), *, on_invalid_key: InvalidLayerPolicy = "reject") -> None:
+        """Load the lazy units that the view's layers lie in, and those of `keys`, at once: what a handler then reads.
+
+        What cannot be loaded is no error here; the read that needs it raises `NotLoaded`, and says why. Raises
+        `InvalidKey` for what is no key; with `ignore` it is dropped, and counted, instead.
+        """
+        self.view._prefetch(checked_keys(self.view._views, keys, on_invalid_key))
+
+    async def aload(self, keys: Sequence[str] = (), *, on_invalid_key: InvalidLayerPolicy = "reject") -> None:
+        """`load` without blocking the event loop."""
+        await self.view._aprefetch(checked_keys(self.view._views, keys, on_invalid_key))
 
     def _replace(self, view: View) -> None:
         self.view = view

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
-from veltrix_mw.errors import HeldBack, NotReady
+from veltrix_mw.errors import HeldBack, NotLoaded, NotReady
 from veltrix_mw.section import Section
 
 __all__ = ["MOST_DERIVED", "Derived", "DerivedCache"]
@@ -61,7 +61,7 @@ class Derived:
             return all(same(view._resolve(key), value) for key, value in self.keys.items()) and all(
                 same_section(view._section(prefix), section) for prefix, section in self.sections.items()
             )
-        except (HeldBack, NotReady):
+        except (HeldBack, NotLoaded, NotReady):
             return False
 
 

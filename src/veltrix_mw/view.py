@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from veltrix_mw.deriving import MOST_DERIVED, Derived
-from veltrix_mw.errors import HeldBack, KeyMissing, NotLoaded, NotReady
-from veltrix_mw.keys import check_key, check_prefix, is_key
+from veltrix_mw.errors import HeldBack, InvalidKey, KeyMissing, NotLoaded, NotReady
+from veltrix_mw.keys import check_key, check_prefix, is_key, unit_of
 from veltrix_mw.pinning import pinned_view
 from veltrix_mw.section import Section
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.values import MISSING, FrozenDict
 
 if TYPE_CHECKING:
+    from veltrix_mw.unit_reader import UnitReader
     from veltrix_mw.views import Views
 
 __all__ = ["CountingView", "LookupView", "Tally", "View"]
@@ -34,18 +35,22 @@ _SECTIONS: Final = 256
 # a derived value of it read. There may be as many such views as a client invents tenants; the base view is one.
 _KEPT_ENTRIES: Final = 256
 
+_UNITS: Final = (
+    1_000  # lazy units that a view keeps: a request wants a few, a script that walks through all of them none
+)
+
 _NO_OVERRIDES: Final[Mapping[str, Any]] = FrozenDict()
 
 
 class View(Mapping[str, Any]):
     """One request's configuration: a mapping from key to frozen value, pinned to one snapshot.
 
-    Every read sees the same revision, does no I/O and takes no lock. A key is looked up in the overrides, the
-    request's layers in order, the client's layers, the base, the defaults; the first that has it wins.
+    Every read sees the same revision, and does no I/O; only `fetch` and its like do. A key is looked up in the
+    overrides, the request's layers in order, the client's layers, the base, the defaults; the first that has it wins.
 
-    Reading raises `KeyMissing` (no such key), `HeldBack` (its value was rejected and no good one is known), or
-    `NotReady` (nothing was listed yet; keys in the defaults can be read all the same). `get` gives its default for
-    `KeyMissing` alone.
+    Reading raises `KeyMissing` (no such key), `HeldBack` (its value was rejected and no good one is known), `NotLoaded`
+    (it lies below a lazy prefix, or a layer does, and that unit was not fetched), or `NotReady` (nothing was listed
+    yet; keys in the defaults can be read all the same). `get` gives its default for `KeyMissing` alone.
     """
 
     __slots__ = (
@@ -59,6 +64,7 @@ class View(Mapping[str, Any]):
         "_request_layers",
         "_sections",
         "_snapshot",
+        "_units",
         "_views",
     )
 
@@ -72,6 +78,7 @@ class View(Mapping[str, Any]):
     _keys: tuple[str, ...] | None
     _sections: dict[str, Section]
     _derived: dict[Any, Derived]
+    _units: dict[str, Snapshot | str]  # lazy units as of this view; a str says why one could not be loaded
 
     def __init__(self) -> None:
         raise TypeError("views are made by client.view(), by the middleware and by client.pinned()")
@@ -97,6 +104,7 @@ class View(Mapping[str, Any]):
         view._keys = None
         view._sections = {}
         view._derived = {}
+        view._units = {}
         return view
 
     def _as(self, kind: type[_V]) -> _V:
@@ -112,6 +120,13 @@ class View(Mapping[str, Any]):
         view._keys = self._keys
         view._sections = self._sections
         view._derived = self._derived
+        view._units = self._units
+        return view
+
+    def _of_one(self, units: dict[str, Snapshot | str] | None = None) -> View:
+        """This view for one caller, who loads units into it, beside `units`; what was memoized is shared."""
+        view = self._as(View)
+        view._units = {} if units is None else units
         return view
 
     # Reading
@@ -144,7 +159,8 @@ class View(Mapping[str, Any]):
     def _remembered(self, key: object) -> Any:
         """`_resolve`, and what it finds goes into the memo."""
         value = self._resolve(key)
-        if value is not MISSING:
+        # There are any number of lazy keys: those that all requests read are not to go because of them.
+        if value is not MISSING and not (self._views.lazy and key.startswith(self._views.lazy)):  # type: ignore[attr-defined]
             hot = self._hot
             if len(hot) >= _HOT_KEYS:
                 hot.clear()
@@ -163,32 +179,72 @@ class View(Mapping[str, Any]):
             if key in defaults:
                 return defaults[key]
             raise self._not_ready(key)
-        entries, lazy = snapshot._entries, self._views.lazy
+        if self._views.lazy:
+            return self._resolve_lazily(key)
+        entries = snapshot._entries
         for layer in self._layers:
             value = entries.get(layer + key)
             if value is not MISSING:
                 return value
-            if lazy:
-                self._check_loaded(layer + key)
         value = entries.get(key)
         if value is not MISSING:
             return value
-        if lazy:
-            self._check_loaded(key)
         if key in defaults:
             return defaults[key]
         if snapshot._rejected:
             for name in (*(layer + key for layer in self._layers), key):
-                held = snapshot._rejected.get(name)
-                if held is not None and not held.deleted:
-                    raise HeldBack(f"{name!r} is held back: revision {held.revision} was rejected ({held.reason})")
+                _check_held(snapshot, name)
         return MISSING
 
-    def _check_loaded(self, name: str) -> None:
-        """Raise `NotLoaded` for what no snapshot holds: that it is not here does not say that it is absent."""
-        for prefix in self._views.lazy:
-            if name.startswith(prefix):
-                raise NotLoaded(f"{name!r} lies below {prefix!r}, which is lazy: no worker holds it")
+    def _resolve_lazily(self, key: str) -> Any:
+        """As `_resolve` goes on, where some prefixes are lazy."""
+        read: list[tuple[Snapshot, str]] = []
+        for name in (*(layer + key for layer in self._layers), key):
+            holder = self._holder(name)
+            value = holder._entries.get(name)
+            if value is not MISSING:
+                return value
+            read.append((holder, name))
+        if key in self._views.defaults:
+            return self._views.defaults[key]
+        for holder, name in read:
+            _check_held(holder, name)
+        return MISSING
+
+    def _holder(self, name: str) -> Snapshot:
+        """What holds a key or a prefix: its lazy unit, or the snapshot. Raises `NotLoaded`.
+
+        That a key is not in the snapshot does not say that it is absent where it is lazy.
+        """
+        lazy = self._views.lazy
+        if not name.startswith(lazy):
+            return self._snapshot
+        unit = unit_of(name, lazy)
+        held = self._units.get(unit)
+        if isinstance(held, Snapshot):
+            return held
+        units = self._views.units
+        found = None if units is None or not unit else units.get(unit, self._snapshot)
+        if found is None:
+            raise self._not_loaded(name, unit, held)
+        self._keep(unit, found)
+        return found
+
+    def _not_loaded(self, name: str, unit: str, why: str | None) -> NotLoaded:
+        if not unit:
+            return NotLoaded(f"all of {name!r} is in no worker, as it is lazy: read one unit below it at a time")
+        if why:
+            return NotLoaded(f"{name!r} lies in the lazy unit {unit!r}, which could not be loaded: {why}")
+        return NotLoaded(
+            f"{name!r} lies in the lazy unit {unit!r}, which is not loaded: fetch it first, by view.fetch({name!r}) or "
+            "the middleware's prefetch="
+        )
+
+    def _keep(self, unit: str, found: Snapshot | str) -> None:
+        units = self._units
+        if len(units) >= _UNITS and unit not in units:
+            units.pop(next(iter(units)), None)
+        units[unit] = found
 
     def _absent(self, key: object) -> KeyMissing:
         if not isinstance(key, str) or not is_key(key):
@@ -217,7 +273,7 @@ class View(Mapping[str, Any]):
             found = set(self._snapshot._entries) | set(self._views.defaults) | set(self._overrides)
             for layer in self._layers:
                 cut = len(layer)
-                found.update(item[0][cut:] for item in self._snapshot.below(layer))
+                found.update(item[0][cut:] for item in self._holder(layer).below(layer))
             keys = tuple(sorted(found))
             if self._is_base or len(keys) <= _KEPT_ENTRIES:
                 self._keys = keys
@@ -236,7 +292,11 @@ class View(Mapping[str, Any]):
         # Two views are equal if they are pinned alike, and that must be cheap: asgiref compares context variables at
         # each hop between threads, which for two mappings would be a comparison of whole keyspaces.
         if isinstance(other, View):
-            alike = self._snapshot is other._snapshot and self._overrides is other._overrides
+            alike = (
+                self._snapshot is other._snapshot
+                and self._overrides is other._overrides
+                and self._units is other._units
+            )
             return alike and self._views is other._views and self._layers == other._layers
         return super().__eq__(other)
 
@@ -277,6 +337,99 @@ class View(Mapping[str, Any]):
         """
         return self._views.view(self._request_layers, self._own)
 
+    # Lazy units
+
+    def fetch(self, key: str, default: Any = MISSING, timeout_s: float | None = None) -> Any:
+        """The value of `key`, also below a lazy prefix: its unit is read from the store, unless it is held here.
+
+        From then on all keys of that unit can be read by `[]`, `get` and `section`. As of this view's revision, like
+        every read of it. Waits for at most `timeout_s` (the client's `fetch_timeout_s`). A key that is not lazy, in no
+        layer either, is simply read.
+
+        Raises what `[]` does (`default`, if given, takes the place of `KeyMissing` alone); `StoreUnavailable` (retry)
+        when there is no answer in time; `Overloaded` (retry later) beyond the rate of misses that protects the store;
+        `Compacted` (`renew` the view) when the history that the view is of is no longer kept; `InvalidKey`;
+        `InvalidValue` when the unit is beyond its bounds.
+        """
+        self._load(self._wanted((key,)), timeout_s)
+        return self._fetched(key, default)
+
+    def fetch_many(self, keys: Iterable[str], timeout_s: float | None = None) -> dict[str, Any]:
+        """The values of those of `keys` that there are, by key, as `fetch` gives them; their units are read at once."""
+        keys = _many(keys)
+        self._load(self._wanted(keys), timeout_s)
+        return {key: value for key in keys if (value := self._read(key)) is not MISSING}
+
+    async def afetch(self, key: str, default: Any = MISSING, timeout_s: float | None = None) -> Any:
+        """`fetch` without blocking the event loop."""
+        await self._aload(self._wanted((key,)), timeout_s)
+        return self._fetched(key, default)
+
+    async def afetch_many(self, keys: Iterable[str], timeout_s: float | None = None) -> dict[str, Any]:
+        """`fetch_many` without blocking the event loop."""
+        keys = _many(keys)
+        await self._aload(self._wanted(keys), timeout_s)
+        return {key: value for key in keys if (value := self._read(key)) is not MISSING}
+
+    def _fetched(self, key: str, default: Any) -> Any:
+        return self[key] if default is MISSING else self.get(key, default)
+
+    def _wanted(self, keys: Iterable[str]) -> list[str]:
+        """The units that reading `keys` needs, and that this view does not have. Raises `InvalidKey`."""
+        lazy, wanted = self._views.lazy, dict[str, None]()
+        for key in keys:
+            check_key(key)
+            if key in self._overrides:
+                continue
+            for name in (*(layer + key for layer in self._layers), key):
+                unit = unit_of(name, lazy)
+                if unit and not isinstance(self._units.get(unit), Snapshot):
+                    wanted[unit] = None
+        return list(wanted)
+
+    def _load(self, wanted: list[str], timeout_s: float | None) -> None:
+        """Load units. Raises the first error, once all have come or failed."""
+        if wanted and (reader := self._reader()) is not None:
+            self._take_units(reader.load(wanted, self._snapshot, timeout_s))
+
+    async def _aload(self, wanted: list[str], timeout_s: float | None) -> None:
+        if wanted and (reader := self._reader()) is not None:
+            self._take_units(await reader.aload(wanted, self._snapshot, timeout_s))
+
+    def _prefetch(self, keys: Iterable[str]) -> None:
+        """Load the units of the layers and of `keys`, at once; what cannot be loaded is told where it is read.
+
+        Raises `InvalidKey`.
+        """
+        wanted, reader = self._wanted_by_request(keys), self._reader()
+        if wanted and reader is not None:
+            self._keep_all(reader.load(wanted, self._snapshot))
+
+    async def _aprefetch(self, keys: Iterable[str]) -> None:
+        """`_prefetch` without blocking the event loop."""
+        wanted, reader = self._wanted_by_request(keys), self._reader()
+        if wanted and reader is not None:
+            self._keep_all(await reader.aload(wanted, self._snapshot))
+
+    def _wanted_by_request(self, keys: Iterable[str]) -> list[str]:
+        layers = (unit_of(layer, self._views.lazy) for layer in self._layers)
+        wanted = [unit for unit in layers if unit and not isinstance(self._units.get(unit), Snapshot)]
+        return list(dict.fromkeys((*wanted, *self._wanted(keys))))
+
+    def _reader(self) -> UnitReader | None:
+        # Nothing was listed yet: reading raises `NotReady`, or finds a default.
+        return None if self._snapshot._origin == "none" else self._views.reader
+
+    def _take_units(self, loaded: Mapping[str, Snapshot | Exception]) -> None:
+        self._keep_all(loaded)
+        for found in loaded.values():
+            if not isinstance(found, Snapshot):
+                raise found
+
+    def _keep_all(self, loaded: Mapping[str, Snapshot | Exception]) -> None:
+        for unit, found in loaded.items():
+            self._keep(unit, found if isinstance(found, Snapshot) else str(found))
+
     # Sections, models, derived values
 
     def section(self, prefix: str) -> Section:
@@ -305,15 +458,13 @@ class View(Mapping[str, Any]):
         snapshot, cut = self._snapshot, len(prefix)
         found = {key[cut:]: value for key, value in self._views.defaults.items() if key.startswith(prefix)}
         for layer in ("", *reversed(self._layers)):
-            if self._views.lazy:
-                self._check_loaded(layer + prefix)
             start = len(layer) + cut
-            found.update({item[0][start:]: item[1] for item in snapshot.below(layer + prefix)})
+            found.update({item[0][start:]: item[1] for item in self._holder(layer + prefix).below(layer + prefix)})
         found.update({key[cut:]: value for key, value in self._overrides.items() if key.startswith(prefix)})
         held: dict[str, HeldBack] = {}
-        for layer in (*self._layers, "") if snapshot._rejected else ():
+        for layer in (*self._layers, "") if snapshot._rejected or self._views.lazy else ():
             start = len(layer) + cut
-            for name, why in snapshot._rejected.below(layer + prefix):
+            for name, why in self._holder(layer + prefix)._rejected.below(layer + prefix):
                 key = name[start:]
                 if key not in found and key not in held and not why.deleted:
                     held[key] = HeldBack(f"{name!r} is held back: revision {why.revision} was rejected ({why.reason})")
@@ -377,6 +528,8 @@ class View(Mapping[str, Any]):
             derived = self._views.flights.run(flight, lambda: self._compute(fn, model))
             if not derived.alone:
                 self._views.derived.put(shared, derived)
+            elif self._views.lazy:
+                return derived  # it may be of a view that lacked a unit, and the memo is shared
         if len(self._derived) >= MOST_DERIVED:
             self._derived.clear()
         self._derived[name] = derived
@@ -403,6 +556,19 @@ class View(Mapping[str, Any]):
     def _read(self, key: str) -> Any:
         """The value of `key` or `MISSING`, by the public path, so that it is tracked."""
         return self.get(key, MISSING)
+
+
+def _many(keys: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(keys, str):
+        raise InvalidKey(f"keys are a sequence of keys; write ({keys!r},)")
+    return tuple(keys)
+
+
+def _check_held(holder: Snapshot, name: str) -> None:
+    """Raise `HeldBack` where a key that has no value was rejected."""
+    held = holder._rejected.get(name)
+    if held is not None and not held.deleted:
+        raise HeldBack(f"{name!r} is held back: revision {held.revision} was rejected ({held.reason})")
 
 
 _V = TypeVar("_V", bound=View)
@@ -433,7 +599,7 @@ class _TrackingView(View):
     def _noted(self, key: str) -> Any:
         try:
             value = self._remembered(key)
-        except (HeldBack, NotReady):
+        except (HeldBack, NotLoaded, NotReady):
             self._alone = True  # `fn` may catch it, and that must not outlive its cause
             raise
         if isinstance(key, str):
@@ -443,7 +609,7 @@ class _TrackingView(View):
     def _section(self, prefix: str) -> Section:
         try:
             section = self._read_sections[prefix] = super()._section(prefix)
-        except NotReady:
+        except (NotLoaded, NotReady):
             self._alone = True
             raise
         return section

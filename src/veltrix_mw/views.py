@@ -9,7 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from veltrix_mw.coalesce.inline_flight import InlineFlight
 from veltrix_mw.deriving import DerivedCache
@@ -20,6 +20,10 @@ from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import FrozenDict, freeze
 from veltrix_mw.view import CountingView, LookupView, Tally, View
+
+if TYPE_CHECKING:
+    from veltrix_mw.lazy import LazyUnits
+    from veltrix_mw.unit_reader import UnitReader
 
 __all__ = ["Views", "checked_layers"]
 
@@ -37,6 +41,8 @@ def _nothing_runs() -> None:
 class Views:
     """Makes a client's views: one for all requests of a snapshot that have no layers of their own.
 
+    Where there are lazy prefixes each gets a view of its own, for the units that it loads; the memo is shared.
+
     `publish` is called by one thread; `view` by any.
     """
 
@@ -46,6 +52,8 @@ class Views:
         layers: Sequence[str] = (),
         defaults: Mapping[str, Any] = FrozenDict(),
         lazy: Sequence[str] = (),
+        units: LazyUnits | None = None,
+        reader: UnitReader | None = None,
         max_age_s: float = 15.0,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -55,6 +63,12 @@ class Views:
         self.layers = tuple(check_prefix(layer) for layer in layers)
         self.defaults = FrozenDict({check_key(key): freeze(value) for key, value in defaults.items()})
         self.lazy = tuple(lazy)
+        # Then any key may come from a lazy unit, in every view.
+        self._has_lazy_layers = any(
+            layer.startswith(prefix) or prefix.startswith(layer) for layer in self.layers for prefix in self.lazy
+        )
+        self.units = units
+        self.reader = reader
         self.max_age_s = max_age_s
         self.telemetry = Telemetry("off") if telemetry is None else telemetry
         self.clock = clock
@@ -70,10 +84,10 @@ class Views:
         tell_of_overrides(self)
 
     def publish(self, snapshot: Snapshot, changed: frozenset[str] | None) -> None:
-        """Serve `snapshot` from now on. `changed` names the keys that may differ; None: any may."""
+        """Serve `snapshot` from now on. `changed` names the eager keys that may differ; None: any may."""
         with self._lock:
             hot: dict[str, Any] = {}
-            if changed is not None and self.base._overrides is process_overrides():
+            if changed is not None and not self._has_lazy_layers and self.base._overrides is process_overrides():
                 hot = self.base._hot.copy()
                 for key in changed:
                     hot.pop(key, None)
@@ -84,6 +98,10 @@ class Views:
 
     def after_fork(self) -> None:
         """Make the locks anew in a forked child: another thread of the parent may have held them."""
+        if self.units is not None:
+            self.units.after_fork()
+        if self.reader is not None:
+            self.reader.after_fork()
         self._lock = threading.Lock()
         self.derived = DerivedCache()
         self.flights = InlineFlight()
@@ -100,9 +118,8 @@ class Views:
     def view(self, layers: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> View:
         """A view pinned to the newest snapshot. Raises `InvalidKey` for a layer or key that is none."""
         self.made += 1
-        if not layers and not overrides:
-            return self.base
-        return self._layered_view(checked_layers(layers), overrides)
+        view = self._layered_view(checked_layers(layers), overrides) if layers or overrides else self.base
+        return view._of_one() if self.lazy else view
 
     def _layered_view(self, layers: tuple[str, ...], overrides: Mapping[str, Any] | None) -> View:
         base = self.base

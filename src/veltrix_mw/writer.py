@@ -38,10 +38,11 @@ class Writer:
         store: Store,
         *,
         schemas: Schemas,
-        entries: Callable[[], SortedMap],
+        entries: Callable[[Sequence[str]], SortedMap],
         telemetry: Telemetry,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        """`entries` gives what the authority has now, as far as it is judged together with these keys."""
         self._store = store
         self._schemas = schemas
         self._entries = entries
@@ -160,7 +161,7 @@ class Writer:
             item.key: MISSING if isinstance(item.value, Missing) else (_decoded(item.key, item.value), 1)
             for item in operations
         }
-        following = self._entries().updated(changes)
+        following = self._entries(list(changes)).updated(changes)
         for schema in touched:
             fault = self._schemas.check(schema, following.below)
             if fault is not None:

@@ -17,6 +17,7 @@ from veltrix_mw.request_layers import (
     BAD_LAYER,
     InvalidLayerPolicy,
     checked_policy,
+    requested_keys,
     requested_layers,
     requested_view,
 )
@@ -45,9 +46,13 @@ class ConfigMiddleware:
     Args:
         app: the WSGI application.
         client: the client; started by the first request at the latest.
-        layers: `layers(environ)` gives the prefixes laid over the base for this request.
+        layers: `layers(environ)` gives the prefixes laid over the base for this request. Units that lie below lazy
+            prefixes are loaded before the app is called.
+        prefetch: `prefetch(environ)` gives keys below lazy prefixes whose units are loaded before the app is called,
+            too, all of them at once. The handler then only reads; what could not be loaded raises `NotLoaded` there.
         revision_header: whether responses carry `X-Config-Revision`.
-        on_invalid_layer: `reject` answers 400 to a request whose layer is no prefix; `ignore` drops the layer.
+        on_invalid_layer: `reject` answers 400 to a request whose layer is no prefix, or whose key to prefetch is none;
+            `ignore` drops it.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class ConfigMiddleware:
         *,
         client: ConfigClient,
         layers: Callable[[Environ], Sequence[str]] | None = None,
+        prefetch: Callable[[Environ], Sequence[str]] | None = None,
         revision_header: bool = False,
         on_invalid_layer: InvalidLayerPolicy = "reject",
     ) -> None:
@@ -64,6 +70,8 @@ class ConfigMiddleware:
         self.app = app
         self.client = client
         self._layers = layers
+        self._prefetch = prefetch
+        self._is_lazy = bool(client.lazy)
         self._revision_header = revision_header
         self._on_invalid_layer: InvalidLayerPolicy = checked_policy(on_invalid_layer)
         self._views = client._views
@@ -98,6 +106,8 @@ class ConfigMiddleware:
             self._start()
         try:
             view = requested_view(self.client, self._layers, environ, self._on_invalid_layer)
+            if self._is_lazy:
+                view._prefetch(requested_keys(self.client, self._prefetch, environ, self._on_invalid_layer))
         except InvalidKey:
             return _refuse(environ, start_response)
         if self._revision_header:
@@ -117,6 +127,11 @@ class ConfigMiddleware:
             _current.reset(token)
         return carried_body(body, environ, view, end)
 
+    @property
+    def _asks_nothing(self) -> bool:
+        """Whether requests get no more here than a view."""
+        return self._layers is None and self._prefetch is None and not self._revision_header
+
     def _call_inside(self, outer: View, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Serve a request that is pinned further out, to `outer`.
 
@@ -124,7 +139,7 @@ class ConfigMiddleware:
         was.
         """
         same = outer._views is self._views
-        if same and self._layers is None and not self._revision_header:
+        if same and self._asks_nothing:
             return self.app(environ, start_response)
         if not same and not self._plain:
             self._start()
@@ -132,6 +147,8 @@ class ConfigMiddleware:
         try:
             if self._layers is not None:
                 pinned.lay(requested_layers(self._layers, environ), on_invalid_layer=self._on_invalid_layer)
+            if self._is_lazy:
+                pinned.view._prefetch(requested_keys(self.client, self._prefetch, environ, self._on_invalid_layer))
         except InvalidKey:
             return _refuse(environ, start_response)
         view = pinned.view
@@ -159,7 +176,7 @@ class ConfigMiddleware:
             client._ensure_running()
             client.wait_start()
         # A client that is ready stays so, also across a fork.
-        self._plain = client.ready and self._layers is None and not self._revision_header
+        self._plain = client.ready and self._asks_nothing and not self._is_lazy
 
 
 def _nothing() -> None:

@@ -444,6 +444,52 @@ def test_layers_given_as_one_str_are_the_projects_fault_not_the_requests(site):
         Client().get("/")
 
 
+# Lazy keys
+
+
+def keys_of(request: HttpRequest) -> Sequence[str]:
+    return request.headers.get("X-Keys", "").split(",")
+
+
+async def keys_of_async(request: HttpRequest) -> Sequence[str]:
+    await asyncio.sleep(0)
+    return keys_of(request)
+
+
+def lazy_view(request: HttpRequest) -> JsonResponse:
+    return JsonResponse([request.config["greeting"], request.config["users/1/name"]], safe=False)
+
+
+@pytest.mark.parametrize("fetch", [get, aget])
+@pytest.mark.parametrize("keys", [f"{__name__}.keys_of", keys_of, keys_of_async])
+def test_lazy_layers_and_prefetched_keys_are_loaded_before_the_view_runs(site, put, fetch, keys):
+    veltrix = {"URL": "memory://", "LAZY": ["tenants/", "users/"], "FETCH_TIMEOUT_S": 5, "LAZY_MAX_BYTES": 1_000_000}
+    client = site(lazy_view, veltrix={**veltrix, "REQUEST_LAYERS": layers_of, "REQUEST_PREFETCH": keys})
+    put(client, "tenants/acme/greeting", "acme")
+    put(client, "users/1/name", "ann")
+    assert fetch(**{"X-Layers": "tenants/acme/", "X-Keys": "users/1/name"}).json() == ["acme", "ann"]
+    assert fetch(**{"X-Layers": "tenants/acme/", "X-Keys": "users/../name"}).status_code == 400
+    assert (client.lazy, client.fetch_timeout_s) == (("tenants/", "users/"), 5)
+
+
+@pytest.mark.parametrize("fetch", [get, aget])
+def test_an_invalid_key_to_prefetch_can_be_ignored(site, put, fetch):
+    veltrix = {"URL": "memory://", "LAZY": ["users/"], "REQUEST_PREFETCH": keys_of, "ON_INVALID_LAYER": "ignore"}
+    client = site(lazy_view, veltrix=veltrix)
+    put(client, "greeting", "base")
+    put(client, "users/1/name", "ann")
+    assert fetch(**{"X-Keys": "users/../name,users/1/name"}).json() == ["base", "ann"]
+    assert client.dropped_layers == 1
+
+
+def test_keys_given_as_one_str_are_the_projects_fault(site):
+    site(
+        lazy_view, veltrix={"URL": "memory://", "LAZY": ["users/"], "REQUEST_PREFETCH": lambda request: "users/1/name"}
+    )
+    with pytest.raises(SettingsError, match="list of keys"):
+        Client().get("/")
+
+
 # The header
 
 

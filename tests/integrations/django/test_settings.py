@@ -269,6 +269,7 @@ WRONG = [
     ({"URL": "memory://", "REVISION_HEADER": "yes"}, "True or False"),
     ({"URL": "memory://", "REQUEST_LAYERS": "no.such.function"}, r"\['REQUEST_LAYERS'\]: .*dotted path"),
     ({"URL": "memory://", "REQUEST_LAYERS": 5}, "a function of a request"),
+    ({"URL": "memory://", "REQUEST_PREFETCH": 5}, r"\['REQUEST_PREFETCH'\] is a function of a request that gives keys"),
     ({"URL": "memory://", "ON_INVALID_LAYER": "shrug"}, "'reject' or 'ignore'"),
     ({"CLIENT": 5}, "a function that makes one"),
     ({"CLIENT": "nodots"}, r"\['CLIENT'\]: .*dotted path"),
