@@ -16,11 +16,20 @@ import pytest
 import redis
 
 from tests.support.etcd_servers import EtcdCluster, etcd
-from tests.support.redis_servers import RedisServer, redis_server
+from tests.support.redis_servers import (
+    Certificates,
+    ClusterSet,
+    RedisServer,
+    SentinelSet,
+    cluster_set,
+    redis_server,
+    sentinel_set,
+)
 from tests.support.waiting import wait_until
 from tests.test_docs import fences
-from veltrix_mw import AuthFailed, ConfigClient, Delete, Put
+from veltrix_mw import AuthFailed, ConfigClient, Delete, Put, StoreError
 from veltrix_mw.stores.etcd import EtcdStore
+from veltrix_mw.stores.redis_routes import slot_of
 
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs" / "permissions.md"
 WAIT_S: Final = 20.0
@@ -216,6 +225,101 @@ def test_a_writer_writes_redis_as_the_authority_and_a_worker_follows_it(redis_us
         with pytest.raises(AuthFailed, match="ACL"):
             worker.put("checkout/max_items", 1)
     assert granted("shop-writer") <= used(redis_users) | granted("shop-worker")
+
+
+# --- Redis of several servers, over TLS
+
+
+Set = SentinelSet | ClusterSet
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(params=["sentinel", "cluster"])
+def users_of_several(request: pytest.FixtureRequest, certificates: Certificates) -> Iterator[Set]:
+    """Sentinels or a cluster, with the page's users. `default` stays on: the servers come by it to each other."""
+    tls = (certificates.ca, *certificates.issue("server"))
+    of_servers, of_sentinels, of_nodes, of_waiting = (
+        [shlex.split(line) for line in fence.text.splitlines()] for fence in fences(PAGE) if fence.language == "text"
+    )
+    base = [command for command in commands("redis-cli") if command[2].startswith("shop-")]
+    with sentinel_set(tls=tls) if request.param == "sentinel" else cluster_set(tls=tls) as made:
+        further = of_servers if isinstance(made, SentinelSet) else of_nodes
+        for server in made.servers:
+            for command in (*base, *further, *of_waiting):
+                server.run(*command)
+        if isinstance(made, SentinelSet):
+            for sentinel in made.sentinels:
+                for command in of_sentinels:
+                    sentinel.run(*command)
+        yield made
+
+
+def _url_of_several(made: Set, who: str, ca: Path) -> str:
+    finder = "&sentinel_user=shop-finder&sentinel_password=finder-password" if isinstance(made, SentinelSet) else ""
+    waits = "&wait_replicas=1" if who == "writer" else ""
+    login = f"{made.url.replace('://', f'://shop-{who}:{who}-password@')}?namespace=shop&ca={ca}"
+    return f"{login}{finder}{waits}"
+
+
+def test_users_of_several_servers_need_what_the_page_grants_them(
+    users_of_several: Set, certificates: Certificates
+) -> None:
+    made, entries = users_of_several, "veltrix:{shop}:entries"
+    with (
+        ConfigClient(_url_of_several(made, "writer", certificates.ca)) as writer,
+        ConfigClient(_url_of_several(made, "worker", certificates.ca)) as worker,
+    ):
+        worker.wait_for(writer.put("checkout/max_items", 50), timeout_s=WAIT_S)
+        if isinstance(made, ClusterSet):
+            slot, source = slot_of(entries), made.owner_of(entries)
+            target = made.another(source)
+            made.begin_moving(slot, source, target)
+            made.move_keys(slot, source, target)
+            worker.wait_for(writer.put("checkout/max_items", 60), timeout_s=WAIT_S)
+            made.end_moving(slot, source, target)
+        worker.wait_for(writer.put("checkout/max_items", 80), timeout_s=WAIT_S)
+        assert dict(worker.snapshot) == {"checkout/max_items": 80}
+        with pytest.raises(AuthFailed, match="ACL"):
+            worker.put("checkout/max_items", 1)
+    ran = {name for server in made.servers for name in _ran(server)}
+    assert {
+        "wait",
+        *(["role"] if isinstance(made, SentinelSet) else ["asking", "cluster|slots", "cluster|nodes"]),
+    } <= ran
+    for command in ("get-master-addr-by-name", "master") if isinstance(made, SentinelSet) else ():
+        for sentinel in made.sentinels:
+            sentinel.run("ACL", "SETUSER", "shop-finder", f"-sentinel|{command}")
+        with (
+            ConfigClient(_url_of_several(made, "worker", certificates.ca)) as late,
+            pytest.raises(AuthFailed, match=rf"the ACL of user 'shop-finder' .* lacks \+sentinel\|{command}\."),
+        ):
+            late.list()
+        for sentinel in made.sentinels:
+            sentinel.run("ACL", "SETUSER", "shop-finder", f"+sentinel|{command}")
+
+
+def _ran(server: RedisServer) -> set[str]:
+    stats: Any = server.run("INFO", "commandstats")
+    return {name.removeprefix("cmdstat_") for name in stats}
+
+
+def test_who_is_no_user_of_the_sentinels_is_told_so(certificates: Certificates) -> None:
+    tls = (certificates.ca, *certificates.issue("server"))
+    with sentinel_set(tls=tls) as made:
+        for login in ("sentinel_password=wr0ng", "sentinel_user=shop-finder&sentinel_password=wr0ng"):
+            url = f"{made.url}?namespace=shop&ca={certificates.ca}&{login}"
+            with ConfigClient(url) as client, pytest.raises(AuthFailed, match="the sentinel 127") as caught:
+                client.list()
+            assert "wr0ng" not in str(caught.value)
+        with (
+            ConfigClient(f"{made.url}?namespace=shop") as client,
+            pytest.raises(StoreError, match="is not signed by the system's authorities"),
+        ):
+            client.list()
 
 
 # --- neither

@@ -15,7 +15,7 @@ import pytest
 from tests.cli.conftest import Answer, Shell
 from tests.support import etcd_servers
 from tests.support.etcd_servers import EtcdCluster, etcd, make_certificates
-from tests.support.redis_servers import Certificates, RedisServer, redis_server
+from tests.support.redis_servers import Certificates, RedisServer, SentinelSet, cluster_set, redis_server, sentinel_set
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
 from veltrix_mw.diagnosis import diagnose
@@ -127,6 +127,33 @@ def guarded() -> Iterator[EtcdCluster]:
         running.grant("unprefixed", ".veltrix/shop/", access="read")
         running.grant("unkept", "shop/", access="read")
         yield running
+
+
+# Several servers of Redis
+
+
+@pytest.mark.parametrize("kind", ["sentinel", "cluster"])
+def test_several_servers_of_redis_are_looked_at_where_the_namespace_is(shell: Shell, kind: str) -> None:
+    with sentinel_set() if kind == "sentinel" else cluster_set() as servers:
+        query = f"?namespace={NAMESPACE}&timeout_s={PATIENCE_S}"
+        shell.store = f"{servers.url}{query}"
+        write(shell.store)
+        report = examined(shell)
+        assert (report.failed, report.warned) == ([], [("authority", "persistence")])
+        primary = servers.owner_of(f"veltrix:{{{NAMESPACE}}}:entries")
+        assert report.text("authority", "service") == f"Redis answers at 127.0.0.1:{primary.port}"
+        assert "1 key" in report.text("authority", "read")
+        shell.store = f"sqlite:///{shell.folder}/c.db?namespace={NAMESPACE}"
+        write(shell.store)
+        report = examined(shell, "--mirror", servers.url)
+        refused(report, "mirror", "read", "is an authority, not a mirror")
+        if isinstance(servers, SentinelSet):
+            shell.store = f"{servers.url.replace('mymaster', 'other')}{query}"
+            refused(examined(shell), "authority", "service", "knows no primary of that name")
+            for server in servers.servers:
+                server.kill()
+            shell.store = f"{servers.url}{query}"
+            refused(examined(shell), "authority", "service", f"127.0.0.1:{primary.port}")
 
 
 # All is well

@@ -50,7 +50,7 @@ _READ_BYTES: Final = 256 * 1024  # a listing is megabytes: the driver's own 64 K
 _CODE: Final = re.compile(
     r"\b(OOM|NOPERM|READONLY|MISCONF|WRONGTYPE|NOAUTH|LOADING|MASTERDOWN|BUSY|UNBLOCKED|NOREPLICAS)\b"
 )
-_REFUSED_COMMAND: Final = re.compile(r"'([A-Za-z|]+)' command")
+_REFUSED_COMMAND: Final = re.compile(r"'([A-Za-z|-]+)' command")
 _UNKNOWN_COMMAND: Final = re.compile(r"[Uu]nknown (?:Redis )?(?:sub)?command\b[^'`A-Za-z]*['`]?([A-Za-z]*)")
 
 

@@ -96,7 +96,6 @@ class RedisProbe:
     # --- who answers
 
     def _service(self, by_s: float) -> Said:
-        where = self._where
         try:
             with self._session(by_s, db=0) as connection:
                 connection.execute("PING")
@@ -106,10 +105,10 @@ class RedisProbe:
             self._not_let_in = exc
         except Silent:
             return fail(
-                f"{where} takes connections and answers nothing within {self._timeout_s:g} s: is the process stopped, "
-                "or its machine overloaded?"
+                f"{self._where} takes connections and answers nothing within {self._timeout_s:g} s: is the process "
+                "stopped, or its machine overloaded?"
             )
-        return ok(f"Redis answers at {where}")
+        return ok(f"Redis answers at {self._where}")
 
     def _authentication(self, _by_s: float) -> Said:
         if self._not_let_in is not None:
