@@ -48,7 +48,13 @@ SLACK: Final = float(os.environ.get("VELTRIX_SLACK", "1.5"))
 
 REQUEST_S: Final = 20.0  # longer than a test freezes a worker: a request that it has taken waits for it
 
-WATCHING: Final = b"POST /v3/watch"
+TRANSPORT: Final = os.environ.get("FAULTS_OVER", "gateway")
+"""What the workers and the relays speak to etcd, where a test does not say so: `gateway` or `grpc`."""
+
+WATCHING: Final[Mapping[str, Callable[[Proxy], bool]]] = {
+    "gateway": lambda proxy: proxy.carries(b"POST /v3/watch"),
+    "grpc": lambda proxy: proxy.carried(b"/etcdserverpb.Watch/Watch"),
+}
 
 
 class Links:
@@ -57,7 +63,8 @@ class Links:
     There is none before sets of Redis servers, which say themselves where they are.
     """
 
-    def __init__(self, cluster: EtcdCluster, redis: RedisSet | None) -> None:
+    def __init__(self, cluster: EtcdCluster, redis: RedisSet | None, transport: str) -> None:
+        self.transport = transport
         self.etcd = {member.name: Proxy(member.port) for member in cluster.members}
         self.redis = Proxy(redis.port) if isinstance(redis, RedisServer) else None
         self._url = (
@@ -73,7 +80,7 @@ class Links:
         hosts = ",".join(f"127.0.0.1:{proxy.port}" for proxy in self.etcd.values())
         if not self.etcd:
             return {"VELTRIX_URL": f"{self._url}?namespace={NAMESPACE}"}
-        found = {"VELTRIX_URL": f"etcd://{hosts}/{NAMESPACE}"}
+        found = {"VELTRIX_URL": f"etcd://{hosts}/{NAMESPACE}?transport={self.transport}"}
         if self._url is not None:
             found["VELTRIX_MIRROR_URL"] = self._url
         return found
@@ -82,7 +89,7 @@ class Links:
         """The member that a watch goes to now, through these links."""
 
         def found() -> str:
-            return next((name for name, proxy in self.etcd.items() if proxy.carries(WATCHING)), "")
+            return next((name for name, proxy in self.etcd.items() if WATCHING[self.transport](proxy)), "")
 
         return wait_until(found, 20, reason="a watch through these links")
 
@@ -506,6 +513,7 @@ def rig(
     writes_every_s: float = 0.1,
     servers: SentinelSet | ClusterSet | None = None,
     authority_options: str = "",
+    transport: str = TRANSPORT,
 ) -> Iterator[Rig]:
     """A rig that is steady; when the block ends, what was recorded is checked.
 
@@ -520,11 +528,11 @@ def rig(
             cluster.ctl("put", f"{NAMESPACE}/checkout/max_items", "41")
             redis = stack.enter_context(redis_server(*redis_options)) if mirror and servers is None else None
         place = redis or servers
-        links = Links(cluster, place)
+        links = Links(cluster, place, transport)
         stack.callback(links.close)
         standing = []
         for number in range(relays if mirror and members else 0):
-            own = Links(cluster, place)
+            own = Links(cluster, place, transport)
             stack.callback(own.close)
             standing.append(RelayProcess(f"relay-{number}", own, folder))
             stack.callback(standing[-1].kill)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.rig import SLACK
+from tests.faults.rig import SLACK, TRANSPORT
 from tests.support.etcd_servers import etcd
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
@@ -26,8 +26,8 @@ def test_three_second_tokens_leave_no_gap_and_a_revoked_permission_is_noticed() 
         cluster.grant("worker", "shop/", ".veltrix/shop/", access="read")
         cluster.grant("writer", "shop/", ".veltrix/shop/")
         hosts = ",".join(f"{host}:{port}" for host, port in cluster.hosts)
-        writer = ConfigClient(f"etcd://writer:secret-2@{hosts}/shop")
-        worker = ConfigClient(f"etcd://worker:secret-1@{hosts}/shop", relay="never")
+        writer = ConfigClient(f"etcd://writer:secret-2@{hosts}/shop?transport={TRANSPORT}")
+        worker = ConfigClient(f"etcd://worker:secret-1@{hosts}/shop?transport={TRANSPORT}", relay="never")
         seen: list[int] = []
         came = threading.Condition()
 

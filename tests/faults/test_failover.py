@@ -36,6 +36,12 @@ def direct() -> Iterator[Rig]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def direct_over_grpc() -> Iterator[Rig]:
+    with rig(mirror=False, transport="grpc") as made:
+        yield made
+
+
 def _check(made: Rig, fault: Callable[[], None], *, bound_s: float, after_failover: bool = False) -> None:
     """Do what `fault` does; each worker then serves what is written within the bound; heal, and they are equal again.
 
@@ -80,6 +86,9 @@ def _lead_elsewhere(made: Rig, watched: str) -> str:
         ("direct", "leader", "stopped"),
         ("direct", "watched follower", "stopped"),
         ("direct", "watched follower", "cut off"),
+        ("direct_over_grpc", "leader", "killed"),
+        ("direct_over_grpc", "watched follower", "stopped"),
+        ("direct_over_grpc", "watched follower", "cut off"),
     ],
 )
 def test_a_member_of_etcd_is_lost(request: pytest.FixtureRequest, tiers: str, role: str, kind: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.rig import SLACK
+from tests.faults.rig import SLACK, TRANSPORT
 from tests.support.etcd_servers import EtcdCluster, etcd
 from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.serving import ROOT, Server, serve
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.timeout(300)
 
 SERVED_S = 2.0
 WORKERS = 4
+MIRRORED = f"mirrored {TRANSPORT}"
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +37,22 @@ def redis() -> Iterator[RedisServer]:
         yield made
 
 
-def _environment(cluster: EtcdCluster, redis: RedisServer) -> dict[str, str]:
+def _environment(cluster: EtcdCluster, redis: RedisServer | None, transport: str) -> dict[str, str]:
     hosts = ",".join(f"{host}:{port}" for host, port in cluster.hosts)
-    return {"VELTRIX_URL": f"etcd://{hosts}/shop", "VELTRIX_MIRROR_URL": f"redis://127.0.0.1:{redis.port}/0"}
+    found = {"VELTRIX_URL": f"etcd://{hosts}/shop?transport={transport}"}
+    if redis is not None:
+        found["VELTRIX_MIRROR_URL"] = f"redis://127.0.0.1:{redis.port}/0"
+    return found
 
 
 def _sockets_to(ports: Sequence[int], pids: Sequence[int]) -> dict[int, set[int]]:
     """The inodes of each process's sockets that are connected to one of `ports`."""
     inodes = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if int(fields[2].partition(":")[2], 16) in ports:
-            inodes.add(int(fields[9]))
+    for table in ("tcp", "tcp6"):  # gRPC reaches IPv4 by sockets of IPv6
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if int(fields[2].partition(":")[2], 16) in ports:
+                inodes.add(int(fields[9]))
     found: dict[int, set[int]] = {}
     for pid in pids:
         found[pid] = set()
@@ -76,9 +81,9 @@ def _published(traces: Path, revision: int) -> set[int]:
     return {int(path.stem) for path in traces.glob("*.jsonl") if f'"revision": {revision},' in path.read_text()}
 
 
-def _check_sockets(cluster: EtcdCluster, redis: RedisServer, root: int, followers: set[int]) -> None:
+def _check_sockets(cluster: EtcdCluster, redis: RedisServer | None, root: int, followers: set[int]) -> None:
     """Each follower has connections of its own, and no two processes of the tree have one in common."""
-    ports = [port for _, port in cluster.hosts] + [redis.port]
+    ports = [port for _, port in cluster.hosts] + ([] if redis is None else [redis.port])
     found = _sockets_to(ports, _children(root))
     assert followers <= set(found)
     assert all(found[pid] for pid in followers), found
@@ -87,13 +92,18 @@ def _check_sockets(cluster: EtcdCluster, redis: RedisServer, root: int, follower
             assert pid == other or not sockets & others, f"{pid} and {other} share a socket: {found}"
 
 
-def test_a_parent_that_follows_forks_four_children(cluster: EtcdCluster, redis: RedisServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tiers", [MIRRORED, "direct grpc"])
+def test_a_parent_that_follows_forks_four_children(
+    cluster: EtcdCluster, redis: RedisServer, tmp_path: Path, tiers: str
+) -> None:
+    followed, transport = tiers.split()
+    mirror = redis if followed == "mirrored" else None
     first = cluster.put("shop/checkout/max_items", "1")
     log = tmp_path / "log"
     with log.open("wb") as out:
         parent = subprocess.Popen(
             [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "tests.support.apps.forking"],
-            env={**os.environ, **_environment(cluster, redis), "PYTHONPATH": f"{ROOT}/src:{ROOT}"},
+            env={**os.environ, **_environment(cluster, mirror, transport), "PYTHONPATH": f"{ROOT}/src:{ROOT}"},
             stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -114,7 +124,7 @@ def test_a_parent_that_follows_forks_four_children(cluster: EtcdCluster, redis: 
         for value in range(2, 6):
             cluster.put("shop/checkout/max_items", str(value))
             assert all_tell(value, SERVED_S * SLACK) == children
-        _check_sockets(cluster, redis, parent.pid, children)
+        _check_sockets(cluster, mirror, parent.pid, children)
         cluster.put("shop/checkout/max_items", '"end"')
         assert parent.wait(20) == 0, log.read_text()
     finally:
@@ -125,19 +135,31 @@ def test_a_parent_that_follows_forks_four_children(cluster: EtcdCluster, redis: 
 
 
 @pytest.mark.parametrize(
-    ("server", "options", "early"),
+    ("server", "options", "early", "tiers"),
     [
-        pytest.param("gunicorn", ("--preload",), False, id="gunicorn --preload"),
-        pytest.param("gunicorn", ("--preload",), True, id="gunicorn --preload, followed before"),
-        pytest.param("uwsgi", ("--threads", "4"), False, id="uWSGI"),
-        pytest.param("uwsgi", ("--threads", "4"), True, id="uWSGI, read before"),
+        pytest.param("gunicorn", ("--preload",), False, MIRRORED, id="gunicorn --preload"),
+        pytest.param("gunicorn", ("--preload",), True, MIRRORED, id="gunicorn --preload, followed before"),
+        pytest.param(
+            "gunicorn", ("--preload",), True, "direct grpc", id="gunicorn --preload, followed before over gRPC"
+        ),
+        pytest.param("uwsgi", ("--threads", "4"), False, MIRRORED, id="uWSGI"),
+        pytest.param("uwsgi", ("--threads", "4"), True, MIRRORED, id="uWSGI, read before"),
+        pytest.param("uwsgi", ("--threads", "4"), True, "direct grpc", id="uWSGI, read before over gRPC"),
     ],
 )
 def test_each_worker_of_a_server_that_forks_is_current(
-    cluster: EtcdCluster, redis: RedisServer, tmp_path: Path, server: Server, options: Sequence[str], early: bool
+    cluster: EtcdCluster,
+    redis: RedisServer,
+    tmp_path: Path,
+    server: Server,
+    options: Sequence[str],
+    early: bool,
+    tiers: str,
 ) -> None:
+    followed, transport = tiers.split()
+    mirror = redis if followed == "mirrored" else None
     cluster.put("shop/checkout/max_items", "100")
-    env = {**_environment(cluster, redis), "TRACE_FOLDER": str(tmp_path), "TRACED_RELAY": "auto"}
+    env = {**_environment(cluster, mirror, transport), "TRACE_FOLDER": str(tmp_path), "TRACED_RELAY": "auto"}
     if early:
         env["TRACED_EARLY"] = "1"
     with serve("tests.support.apps.traced:app", server=server, workers=WORKERS, options=options, env=env) as served:
@@ -149,5 +171,5 @@ def test_each_worker_of_a_server_that_forks_is_current(
                 SERVED_S * SLACK,
                 reason=f"{workers} publish revision {revision}",
             )
-        _check_sockets(cluster, redis, served.process.pid, workers)
+        _check_sockets(cluster, mirror, served.process.pid, workers)
         assert "crashed" not in served.log

@@ -16,15 +16,20 @@ from typing import Final
 __all__ = ["Proxy"]
 
 _CHUNK: Final = 64 * 1024
+_HEAD: Final = 4096  # of a connection: its greetings and its first request
 _NEVER: Final = struct.pack("ii", 1, 0)  # SO_LINGER: a close sends RST
 
 
 @dataclass(eq=False)
 class _Passage:
-    """One connection: `front` to the client, `back` to the server. `last` is the newest request's first bytes."""
+    """One connection: `front` to the client, `back` to the server.
+
+    `first` is what the client began with, `last` its newest piece, some bytes of each.
+    """
 
     front: socket.socket
     back: socket.socket
+    first: bytes = b""
     last: bytes = b""
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -103,6 +108,11 @@ class Proxy:
         with self._lock:
             return any(each.last.startswith(marker) for each in self._passages)
 
+    def carried(self, marker: bytes) -> bool:
+        """Whether some open connection began with a request that holds `marker`."""
+        with self._lock:
+            return any(marker in each.first for each in self._passages)
+
     # Passing
 
     def _accept(self) -> None:
@@ -134,6 +144,7 @@ class Proxy:
             while data := source.recv(_CHUNK):
                 if name == "up":
                     passage.last = data[:64]
+                    passage.first += data[: _HEAD - len(passage.first)]
                 held_s = self.delay_s + len(data) / self.bytes_per_s
                 if held_s > 0:
                     passage.closed.wait(held_s)
