@@ -84,7 +84,7 @@ USERS: Final = (f"{CORE}.cli", f"{CORE}.admin", "flask_veltrix", "django_veltrix
 EDGES: Final[Mapping[str, tuple[str, ...]]] = {
     "sqlite3": (f"{CORE}.stores.sqlite", f"{CORE}.stores.sqlite_file"),
     "redis": (f"{CORE}.stores.redis_link",),
-    "grpc": (f"{CORE}.stores.etcd_grpc",),
+    "grpc": (f"{CORE}.stores.etcd_grpc", f"{CORE}.stores.etcd_adopted"),
     "urllib3": (f"{CORE}.stores.etcd_gateway",),
     "pydantic": (f"{CORE}.validation",),
     "jsonschema": (f"{CORE}.validation",),

@@ -33,7 +33,7 @@ from veltrix_mw.errors import (
     StoreError,
     StoreUnavailable,
 )
-from veltrix_mw.keys import check_prefix
+from veltrix_mw.keys import check_namespace, check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
 from veltrix_mw.snapshot import Entry, Snapshot, Version
 from veltrix_mw.status import Status
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from veltrix_mw.relay_report import Report
     from veltrix_mw.relay_thread import RelayThread
     from veltrix_mw.replica import Publication
+    from veltrix_mw.stores.etcd_adopted import EtcdClient
     from veltrix_mw.subscriptions import Callback
 
 __all__ = ["ConfigClient"]
@@ -80,10 +81,11 @@ class ConfigClient:
     Args:
         url: the authority: `etcd://h1:2379,h2:2379,h3:2379/shop` (`etcds://` with TLS), `redis://h:6379/0?namespace=shop`
             (`rediss://`; also `redis+sentinel://`, `redis+cluster://`), `sqlite:///file.db` (embedded), `memory://` or
-            `memory://name` (this process), or a store object; default `$VELTRIX_URL`.
+            `memory://name` (this process), or a store object, or a client of etcd's that you made and close yourself,
+            as `etcd3.client(...)`; default `$VELTRIX_URL`.
         mirror: a Redis that holds a copy of the authority, for workers to follow: `redis://h:6379/0`, or a mirror
             object; default `$VELTRIX_MIRROR_URL`, else none; "" for none whatever that says.
-        namespace: the namespace, if the URL does not name it.
+        namespace: the namespace, if the URL does not name it; a client of etcd's never does.
         lazy: prefixes that no worker holds whole, for example `("tenants/",)`; everything else is eager.
         lazy_max_bytes: what lazy units may take of this process's memory; those used last are held.
         fetch_timeout_s: seconds that `view.fetch` waits for a lazy unit, where it is not told otherwise.
@@ -104,7 +106,7 @@ class ConfigClient:
 
     def __init__(
         self,
-        url: str | Store | None = None,
+        url: str | Store | EtcdClient | None = None,
         *,
         mirror: str | Mirror | None = None,
         namespace: str | None = None,
@@ -859,12 +861,12 @@ def _is_unwritten(snapshot: Snapshot) -> bool:
 
 
 def _tiers(
-    url: str | Store | None, mirror: str | Mirror | None, namespace: str | None, lazy: tuple[str, ...]
+    url: str | Store | EtcdClient | None, mirror: str | Mirror | None, namespace: str | None, lazy: tuple[str, ...]
 ) -> tuple[Store, Mirror | None]:
     """The authority and, if there is one, its mirror. Nothing is opened."""
     from veltrix_mw.protocols import Mirror, Store
     from veltrix_mw.settings import find_mirror_url, find_url, parse_url
-    from veltrix_mw.stores.opening import open_mirror, open_store
+    from veltrix_mw.stores.opening import adopt_store, open_mirror, open_store
 
     if url is None or isinstance(url, str):
         authority = open_store(parse_url(find_url(url), namespace=namespace), lazy=lazy)
@@ -875,8 +877,15 @@ def _tiers(
             raise SettingsError(f"the store's namespace is {url.info.namespace!r}, the argument's {namespace!r}")
         if lazy and lazy != url.info.lazy:
             raise SettingsError("lazy is the store's own setting; give it to the store that you hand in")
+    elif hasattr(url, "channel") and hasattr(url, "metadata"):
+        if namespace is None:
+            raise SettingsError('a client names no namespace; give it: ConfigClient(client, namespace="shop")')
+        authority = adopt_store(url, namespace=check_namespace(namespace), lazy=lazy)
     else:
-        raise SettingsError(f"a config URL is a str such as sqlite:///config.db, or a store; not {type(url).__name__}")
+        raise SettingsError(
+            "a config URL is a str such as sqlite:///config.db; or hand in a store, or a client of etcd's that has a "
+            f"channel and metadata, as etcd3.client(); not {type(url).__name__}"
+        )
     if mirror == "":
         mirror = None
     if isinstance(mirror, str):

@@ -14,7 +14,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
@@ -35,7 +35,7 @@ from veltrix_mw.protocols import (
 )
 from veltrix_mw.settings import shown
 from veltrix_mw.stores.conditions import check
-from veltrix_mw.stores.etcd_members import CompactedAt, FutureRevision, Members, WatchStream
+from veltrix_mw.stores.etcd_members import AnswerTooLarge, CompactedAt, FutureRevision, Members, Transport, WatchStream
 from veltrix_mw.stores.etcd_messages import (
     RANGE,
     TRANSACT,
@@ -68,7 +68,8 @@ _MAX_OPERATIONS: Final = 128 - 2  # etcd's own limit, less the record and the la
 _MAX_TRANSACTION_BYTES: Final = (1536 - 256) * 1024
 _MAX_KEYS: Final = 5_000  # of one page ...
 _FIRST_KEYS: Final = 500  # ... and of the first, when it is not known yet how large they are
-_PAGE_BYTES: Final = 4 * 1024 * 1024  # one page is decoded at a stretch, and other threads wait for that: 20 ms
+# One page is decoded at a stretch, and other threads wait for that: 20 ms. A gRPC client takes 4 MiB by default.
+_PAGE_BYTES: Final = 3 * 1024 * 1024
 _READ_KEYS: Final = 100
 _READ_UNITS: Final = 60  # two ranges each, and the label: within the 128 operations of a transaction ...
 _READ_AT_ONCE: Final = 4  # ... and transactions at a time
@@ -130,7 +131,8 @@ class EtcdStore:
         values: Literal["json", "text"] = "json",
         lazy: Sequence[str] = (),
         renew_watch_s: float = _RENEW_WATCH_S,
-        transport: TransportName = "gateway",
+        transport: TransportName | Transport = "gateway",
+        login: str | None = None,
     ) -> None:
         """Name the members; nothing is opened.
 
@@ -138,16 +140,18 @@ class EtcdStore:
         `prefix` stands in place of `<namespace>/` before each key. `values="text"` takes what is not JSON as a string.
         `lazy` are the prefixes that are left out wherever the namespace is listed, watched or counted.
         `renew_watch_s` is how often a watch is opened anew, so that a permission that was taken away is noticed: five
-        minutes, as a confirmation notices it sooner. `transport` is what is spoken: etcd's JSON gateway, or gRPC.
+        minutes, as a confirmation notices it sooner. `transport` is what is spoken, etcd's JSON gateway or gRPC, or one
+        that was made already; `login` then says what to do where etcd wants a user.
         """
         self._space = Space(namespace, prefix=prefix, lazy=lazy, is_text=values == "text")
         self._members = Members(
             hosts,
-            make_transport(transport, Tls(ca, cert, key) if tls else None),
+            make_transport(transport, Tls(ca, cert, key) if tls else None) if isinstance(transport, str) else transport,
             user=user,
             password=password,
             timeout_s=timeout_s,
             remedy=_remedy(self._space, namespace),
+            **({} if login is None else {"login": login}),
         )
         where = ",".join(map(shown, hosts))
         limits = Limits(MAX_VALUE_BYTES, _MAX_OPERATIONS, _MAX_TRANSACTION_BYTES)
@@ -576,10 +580,12 @@ class EtcdStore:
             for span in space.lazy_spans
         ]
         (begin, end), *spans = space.eager_spans
-        first = Range(begin, end, limit=_FIRST_KEYS, revision=at)
-        answer = self._ranges([Range(space.label), Range(space.change, revision=at), first, *newest_lazy], deadline_s)
+        asked = [Range(space.label), Range(space.change, revision=at), *newest_lazy]
+        answer = self._shrinking(
+            lambda limit: self._ranges([*asked, Range(begin, end, limit=limit, revision=at)], deadline_s), _FIRST_KEYS
+        )
         at = at or answer.header.revision
-        label, change, head, *lazies = answer.ranges
+        label, change, *lazies, head = answer.ranges
         page = _Page([], 0, [])
         for ranged in self._pages(head, end, spans, at, deadline_s):
             self._collect(page, ranged)
@@ -622,9 +628,23 @@ class EtcdStore:
             if page.kvs:
                 size = sum(len(each.value) for each in page.kvs) // len(page.kvs) + 64
                 keys = max(1, min(_MAX_KEYS, _PAGE_BYTES // size))
-            page = self._range(
-                Range(begin, end, limit=keys or _FIRST_KEYS, revision=at, keys_only=keys_only), deadline_s
+            page = self._shrinking(
+                lambda limit, begin=begin, end=end: self._range(  # type: ignore[misc]
+                    Range(begin, end, limit=limit, revision=at, keys_only=keys_only), deadline_s
+                ),
+                keys or _FIRST_KEYS,
             )
+
+    @staticmethod
+    def _shrinking(ask: Callable[[int], A], limit: int) -> A:
+        """Ask for so many keys, and for fewer where the answer would be longer than it may be."""
+        while True:
+            try:
+                return ask(limit)
+            except AnswerTooLarge:
+                if limit == 1:
+                    raise
+                limit = max(1, limit // 8)
 
     def _collect(self, page: _Page, ranged: Ranged) -> None:
         space = self._space

@@ -19,21 +19,21 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import grpc
 
 from veltrix_mw.forking import STORES, around_forks
 from veltrix_mw.settings import Host, shown
 from veltrix_mw.stores.etcd_dialing import HTTP_2, Dialer, no_etcd
-from veltrix_mw.stores.etcd_members import ATTEMPT_S, Failed, Late, Refused
+from veltrix_mw.stores.etcd_members import ATTEMPT_S, AnswerTooLarge, Failed, Late, Refused
 from veltrix_mw.stores.etcd_messages import Answer, Message, Method, WatchAsked, WatchCreate, Watched
 from veltrix_mw.stores.etcd_pool import Pool
 from veltrix_mw.stores.etcd_protobuf import decode, encode
 from veltrix_mw.stores.etcd_stream import NotHttp
 from veltrix_mw.stores.tls import Tls
 
-__all__ = ["Grpc"]
+__all__ = ["Grpc", "GrpcStream", "Lent", "ask", "meaning"]
 
 _WATCH: Final = "/etcdserverpb.Watch/Watch"
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # RFC 9113, 3.4: what a client begins with, then its settings
@@ -97,18 +97,18 @@ class Grpc:
             used = self.pool.borrow(host)
             channel = used or self._opened(host, min(begun_by_s, time.monotonic() + ATTEMPT_S))
             try:
-                raw = channel.ask(method.name, body, _metadata(token), begun_by_s=begun_by_s, by_s=by_s)
+                raw = ask(channel.lent, method.name, body, _metadata(token), begun_by_s=begun_by_s, by_s=by_s)
             except grpc.RpcError as exc:
-                meaning = _meaning(exc, host)
-                if isinstance(meaning, Refused):
+                failure = meaning(exc, host)
+                if isinstance(failure, Refused):
                     self.pool.give_back(host, channel, epoch)
                 else:
                     channel.close()
-                    if by_s == begun_by_s and isinstance(meaning, Failed) and meaning.is_late:
+                    if by_s == begun_by_s and isinstance(failure, Failed) and failure.is_late:
                         self._late_at_s[host] = time.monotonic()
                     if used and not once and exc.code() is grpc.StatusCode.UNAVAILABLE:
                         continue  # closed by the other side at the same moment: no sign that the member failed
-                raise meaning from exc
+                raise failure from exc
             except BaseException:
                 channel.close()
                 raise
@@ -121,7 +121,7 @@ class Grpc:
     def watch(self, host: Host, creates: Sequence[WatchCreate], *, token: str, by_s: float) -> GrpcStream:
         channel = self._opened(host, min(by_s, time.monotonic() + ATTEMPT_S), _WATCH_OPTIONS)
         try:
-            return GrpcStream(channel, [encode(WatchAsked(create)) for create in creates], _metadata(token), host)
+            return GrpcStream(channel, creates, _metadata(token), host)
         except BaseException:
             channel.close()
             raise
@@ -187,7 +187,7 @@ def _system_authorities() -> bytes:
     return b"\n".join(found)
 
 
-def _meaning(exc: grpc.RpcError, host: Host) -> Exception:
+def meaning(exc: grpc.RpcError, host: Host) -> Exception:
     """What a call's failure means."""
     code, said = exc.code(), exc.details() or ""
     where = shown(host)
@@ -197,14 +197,45 @@ def _meaning(exc: grpc.RpcError, host: Host) -> Exception:
         case grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
             return Late(host)
         case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in said:
-            return Refused("request is too large")
+            # etcd's own words begin so.
+            return Refused("request is too large") if said.startswith("grpc: ") else AnswerTooLarge()
+        case grpc.StatusCode.UNAVAILABLE if "failed to connect" in said:
+            return Failed(f"nothing answers at {where}; is etcd running there?", may_have_run=False)
         case grpc.StatusCode.UNAVAILABLE:
-            # Where it could not connect again, it has sent nothing.
-            return Failed(f"etcd at {where} ended the connection", may_have_run="failed to connect" not in said)
+            return Failed(f"etcd at {where} ended the connection")
         case grpc.StatusCode.UNIMPLEMENTED:
             return no_etcd(host)
         case _:
             return Failed(f"etcd at {where} failed the call ({code.name})")
+
+
+def ask(channel: grpc.Channel, name: str, body: bytes, metadata: Metadata, *, begun_by_s: float, by_s: float) -> bytes:
+    """One call, whose answer begins by `begun_by_s` and ends by `by_s`. Raises `grpc.RpcError`."""
+    now_s = time.monotonic()
+    timeout_s = max(0.001, by_s - now_s)
+    if begun_by_s >= by_s:
+        asked: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(name)
+        return asked(body, timeout=timeout_s, metadata=metadata)
+    # A stream's head can be waited for, and comes as soon as the answer begins, however long that is.
+    streamed: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(name)
+    answering = streamed(body, timeout=timeout_s, metadata=metadata)
+    giving_up = threading.Timer(max(0.001, begun_by_s - now_s), answering.cancel)
+    giving_up.daemon = True
+    giving_up.start()
+    try:
+        answering.initial_metadata()
+    finally:
+        giving_up.cancel()
+    return b"".join(answering)
+
+
+class Lent(Protocol):
+    """A channel for one stream, until it is closed."""
+
+    lent: grpc.Channel
+    is_dropped: bool
+
+    def close(self) -> None: ...
 
 
 class _Channel:
@@ -214,34 +245,11 @@ class _Channel:
     """
 
     def __init__(self, channel: grpc.Channel) -> None:
-        self._channel = channel
+        self.lent = channel
         self._pid = os.getpid()
         self.is_closed = False
         self.is_dropped = False  # closed for a fork, under whoever uses it
         _open.add(self)
-
-    def ask(self, name: str, body: bytes, metadata: Metadata, *, begun_by_s: float, by_s: float) -> bytes:
-        """One call. Raises `grpc.RpcError`."""
-        now_s = time.monotonic()
-        timeout_s = max(0.001, by_s - now_s)
-        if begun_by_s >= by_s:
-            asked: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(name)
-            return asked(body, timeout=timeout_s, metadata=metadata)
-        # A stream's head can be waited for, and comes as soon as the answer begins, however long that is.
-        streamed: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(name)
-        answering = streamed(body, timeout=timeout_s, metadata=metadata)
-        giving_up = threading.Timer(max(0.001, begun_by_s - now_s), answering.cancel)
-        giving_up.daemon = True
-        giving_up.start()
-        try:
-            answering.initial_metadata()
-        finally:
-            giving_up.cancel()
-        return b"".join(answering)
-
-    def stream(self, name: str, bodies: Sequence[bytes], metadata: Metadata) -> Any:
-        streamed: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(name)
-        return streamed(iter(bodies), metadata=metadata)
 
     def is_at_rest(self) -> bool:
         return not self.is_closed
@@ -251,7 +259,7 @@ class _Channel:
         self.is_closed = True
         _open.discard(self)
         if self._pid == os.getpid():
-            self._channel.close()
+            self.lent.close()
         else:
             _inherited.append(self)
 
@@ -259,10 +267,11 @@ class _Channel:
 class GrpcStream:
     """A stream of watches, read by a thread of its own, as gRPC's iterators know no deadline."""
 
-    def __init__(self, channel: _Channel, asked: Sequence[bytes], metadata: Metadata, host: Host) -> None:
+    def __init__(self, channel: Lent, creates: Sequence[WatchCreate], metadata: Metadata, host: Host) -> None:
         self._channel = channel
         self._host = host
-        self._call = channel.stream(_WATCH, asked, metadata)
+        streamed: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.lent.stream_stream(_WATCH)
+        self._call = streamed(iter([encode(WatchAsked(create)) for create in creates]), metadata=metadata)
         # Protects the three below; notified when one of them changes.
         self._changed = threading.Condition()
         self._waiting: deque[bytes] = deque()
@@ -281,7 +290,7 @@ class GrpcStream:
                     while sum(map(len, self._waiting)) > _MAX_WAITING_BYTES and not self._is_closed:
                         self._changed.wait()
         except grpc.RpcError as exc:
-            end = _meaning(exc, self._host)
+            end = meaning(exc, self._host)
         except Exception as exc:  # noqa: BLE001  # whoever receives is told, whatever it is
             end = EOFError(f"the stream broke off ({type(exc).__name__})")
         with self._changed:
@@ -315,6 +324,7 @@ class GrpcStream:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        self._call.cancel()
         self._channel.close()
 
 

@@ -35,6 +35,7 @@ from veltrix_mw.stores.etcd_stream import outside_forks
 
 __all__ = [
     "ATTEMPT_S",
+    "AnswerTooLarge",
     "CertificateRefused",
     "CompactedAt",
     "Failed",
@@ -72,6 +73,16 @@ class CompactedAt(Compacted):
     def __init__(self, revision: int) -> None:
         super().__init__(f"etcd keeps no history before revision {revision}; list again")
         self.revision = revision
+
+
+class AnswerTooLarge(StoreUnavailable):
+    """The answer is longer than the client takes that was handed in. Ask for less at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "etcd's answer is longer than the etcd client that was handed in takes; make it with "
+            "grpc_options=[('grpc.max_receive_message_length', -1)]"
+        )
 
 
 # What a transport raises
@@ -314,10 +325,11 @@ class Members:
         password: str | None = None,
         timeout_s: float = 2.0,
         remedy: str = "grant it",
+        login: str = "give user and password: etcd://USER:PASSWORD@...",
     ) -> None:
         """`timeout_s` is how long members are tried in turn while none answers, also where a call has longer.
 
-        `remedy` says what to do where a permission is missing.
+        `remedy` says what to do where a permission is missing, `login` where a user is.
         """
         self._hosts = tuple(dict.fromkeys((host, port) for host, port in hosts))
         self._transport = transport
@@ -325,6 +337,7 @@ class Members:
         self._password = password
         self._timeout_s = timeout_s
         self._remedy = remedy
+        self._login = login
         self._process = _Here(self._hosts)
         self._served = threading.local()
 
@@ -445,9 +458,7 @@ class Members:
             return self._attempted(here, host, attempt, begun_by_s)
         except _TokenRefused:
             if not self._user:
-                raise NotLetIn(
-                    f"etcd at {shown(host)} asks for a user; give user and password: etcd://USER:PASSWORD@..."
-                ) from None
+                raise NotLetIn(f"etcd at {shown(host)} asks for a user; {self._login}") from None
         with here.lock:
             if here.token == token:
                 here.token = ""

@@ -14,12 +14,13 @@ from veltrix_mw.protocols import Store
 from veltrix_mw.settings import StoreUrl
 
 if TYPE_CHECKING:
+    from veltrix_mw.stores.etcd_adopted import EtcdClient
     from veltrix_mw.stores.etcd_probe import EtcdProbe
     from veltrix_mw.stores.redis_mirror import RedisMirror
     from veltrix_mw.stores.redis_probe import RedisProbe
     from veltrix_mw.stores.sqlite_probe import SqliteProbe
 
-__all__ = ["open_mirror", "open_mirror_probe", "open_probe", "open_store"]
+__all__ = ["adopt_store", "open_mirror", "open_mirror_probe", "open_probe", "open_store"]
 
 
 def open_store(url: StoreUrl, *, lazy: Sequence[str] = ()) -> Store:
@@ -55,6 +56,17 @@ def open_store(url: StoreUrl, *, lazy: Sequence[str] = ()) -> Store:
             return RedisStore(route_of(url), db=url.db, **_server(url), lazy=lazy, **options)
         case _:
             raise AssertionError(f"parse_url let {url.scheme} pass")
+
+
+def adopt_store(client: EtcdClient, *, namespace: str, lazy: Sequence[str] = ()) -> Store:
+    """A store over a client of etcd's that the caller made, and closes. Raises `SettingsError`."""
+    from veltrix_mw.stores.etcd import EtcdStore
+    from veltrix_mw.stores.etcd_adopted import LOGIN, Adopted
+
+    adopted = Adopted(client)
+    return EtcdStore(
+        [adopted.host], namespace=namespace, tls=adopted.is_secure, lazy=lazy, transport=adopted, login=LOGIN
+    )
 
 
 def open_mirror(url: StoreUrl) -> RedisMirror:
