@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes a virtual environment that holds this project: editable, with every extra and one dependency group.
+# Makes a virtual environment that holds this project: editable, with the extra `all` or another, and one dependency group.
 #
-# Usage: scripts/environment.sh DIRECTORY GROUP [PYTHON]
+# Usage: scripts/environment.sh DIRECTORY GROUP [PYTHON [EXTRA]]
 #
 # Does nothing when pyproject.toml is as it was the last time. Without PYTHON, the best one that pythons.sh
 # finds; where no Python is usable, and only then, apt installs what lacks. pip's own configuration decides
@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-directory=$1 group=$2 python=${3:-}
+directory=$1 group=$2 python=${3:-} extra=${4:-all}
 
 install_python() {
   local -a root=() packages=(python3 python3-venv)
@@ -72,5 +72,5 @@ fi
 echo "== $directory: installing veltrix-mw and the group $group"
 pip=("$directory/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet --upgrade "pip>=25.1" # the first that knows --group
-"${pip[@]}" install --quiet --editable ".[all]" --group "$group"
+"${pip[@]}" install --quiet --editable ".[$extra]" --group "$group"
 echo "$want" >"$stamp"

@@ -6,7 +6,8 @@
 #
 # What takes minutes and does not depend on the interpreter is run on the main one alone, as a part of its own: the
 # faults on real servers, their simulation, the cluster's demo, and the contract of stores behind a mirror, of several
-# servers or over gRPC, whose parts each Python runs by themselves.
+# servers or over gRPC, whose parts each Python runs by themselves. The package etcd3 has an environment of its own, as it
+# gets on with no protobuf of the last years.
 #
 # Usage: scripts/suite.sh   (the environment .venv must be there)
 set -euo pipefail
@@ -20,7 +21,13 @@ trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$logs"' EXIT
 labels=()             # what each part is run on, by its number
 declare -A running=() # process id -> number of its part
 failed=0
-label='import platform, django; print(f"Python {platform.python_version()}, Django {django.__version__}")'
+label='
+import platform
+from importlib.util import find_spec
+beside = next(name for name in ("django", "etcd3") if find_spec(name))
+from importlib.metadata import version
+print(f"Python {platform.python_version()}, {beside} {version(beside)}")
+'
 
 # Waits until fewer parts run than `at_a_time`, or than $1.
 settle() {
@@ -58,6 +65,8 @@ run() {
 main=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 run .venv/bin/python "${once[@]/#/--ignore=tests/}"
 run .venv/bin/python "${once[@]/#/tests/}"
+scripts/environment.sh .venvs/etcd3 etcd3 "" etcd3
+run .venvs/etcd3/bin/python tests/etcd3
 while read -r version python <&3; do
   case $version in
     "$main") ;;

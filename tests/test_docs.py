@@ -108,8 +108,22 @@ app.middleware_stack = None  # built at the first request; the page goes on addi
 with TestClient(app, raise_server_exceptions=False) as http:
     """
 
+# The package has an environment of its own, where it is tested: here a client that has what it has.
+_ETCD3 = """
+import grpc
+from types import ModuleType, SimpleNamespace
+
+class Client(SimpleNamespace):
+    def close(self):
+        self.channel.close()
+
+etcd3 = sys.modules["etcd3"] = ModuleType("etcd3")
+etcd3.client = lambda host, port: Client(channel=grpc.insecure_channel(os.environ["DOCS_ETCD"]), metadata=None)
+"""
+
 # What runs before and after a marked block. Most snippets show a part of an app; this is the rest of it.
 AROUND: Final[dict[str, tuple[str, str]]] = {
+    "etcd3": (_ETCD3, ""),
     "flask": (
         "from flask import Flask\napp = Flask('shop')",
         (

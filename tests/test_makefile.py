@@ -218,12 +218,14 @@ def test_a_suite_that_fails_on_another_python_fails_and_the_summaries_come_last(
     python(".venv", "3.13", "7 passed in 1s")
     python(".venvs/3.12", "3.12", "6 passed in 1s")
     python(".venvs/3.11", "3.11", "5 passed in 1s")
+    python(".venvs/etcd3", "3.13 with etcd3", "4 passed in 1s")
     passed = _run("scripts/suite.sh", cwd=tmp_path)
     assert passed.returncode == 0, passed.stderr
-    assert passed.stdout.splitlines()[-5:] == [
+    assert passed.stdout.splitlines()[-6:] == [
         "== all passed",
         "Python 3.13: 7 passed in 1s",
         "Python 3.13: 7 passed in 1s",
+        "Python 3.13 with etcd3: 4 passed in 1s",
         "Python 3.12: 6 passed in 1s",
         "Python 3.11: 5 passed in 1s",
     ]
@@ -237,7 +239,8 @@ def test_a_suite_that_fails_on_another_python_fails_and_the_summaries_come_last(
     once += ["stores/test_mirrored.py", "stores/test_redis_topologies.py", "stores/test_etcd_over_grpc.py"]
     without = " ".join(f"--ignore=tests/{left}" for left in once)
     alone = " ".join(f"tests/{left}" for left in once)
-    assert sorted(parts) == sorted([("3.13", without), ("3.13", alone), ("3.12", without), ("3.11", without)])
+    beside = [("3.13 with etcd3", "tests/etcd3"), ("3.12", without), ("3.11", without)]
+    assert sorted(parts) == sorted([("3.13", without), ("3.13", alone), *beside])
     assert all((ROOT / "tests" / left).exists() for left in once)
     assert "`once` in `scripts/suite.sh`" in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
     for failing, other in (("3.12", "3.11"), ("3.11", "3.12")):

@@ -19,6 +19,7 @@ from tests.support.redis_servers import Certificates, RedisServer, SentinelSet, 
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
 from veltrix_mw.diagnosis import diagnose
+from veltrix_mw.stores import etcd3_package
 from veltrix_mw.stores.etcd_members import Members
 from veltrix_mw.stores.etcd_probe import known_faults
 
@@ -572,6 +573,25 @@ def test_a_gateway_that_is_off(shell: Shell) -> None:
     with etcd(options=["--enable-grpc-gateway=false"]) as cluster:
         shell.store = etcd_url(cluster)
         refused(examined(shell), "authority", "service", "has its gRPC gateway off")
+
+
+@pytest.mark.parametrize(
+    ("protobuf", "state", "words"),
+    [
+        ("3.20.3", "ok", "its client can be handed in"),
+        ("4.25.1", "warn", "`import etcd3` raises a TypeError. This library needs no etcd3"),
+        ("7.36.0", "warn", "pip install 'veltrix-mw[etcd3]'"),
+    ],
+)
+def test_the_package_etcd3_is_told_where_it_cannot_be_imported(
+    cluster: EtcdCluster, monkeypatch: pytest.MonkeyPatch, protobuf: str, state: str, words: str
+) -> None:
+    monkeypatch.setattr(etcd3_package, "version", {"etcd3": "0.12.0", "protobuf": protobuf}.__getitem__)
+    (told,) = [finding for finding in diagnose(etcd_url(cluster), mirror="") if finding.check == "etcd3"]
+    assert told.state == state
+    assert words in told.text
+    monkeypatch.undo()
+    assert "etcd3" not in {finding.check for finding in diagnose(etcd_url(cluster), mirror="")}
 
 
 def test_over_grpc_a_gateway_that_is_off_is_no_fault(shell: Shell) -> None:
