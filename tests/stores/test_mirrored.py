@@ -71,7 +71,7 @@ class CaughtUp(MirroredStore):
         try:
             return super().list(timeout_s=timeout_s)
         except StoreUnavailable as exc:
-            if "behind" not in str(exc):
+            if "behind" not in str(exc) and "went back" not in str(exc):  # before it was listed, or after
                 raise
             return None
 
