@@ -287,6 +287,28 @@ def test_a_call_that_hangs_holds_up_nobody_beyond_its_time_and_its_thread_ends_w
         assert at_rest(batcher)
 
 
+def test_a_caller_who_is_killed_as_it_starts_the_thread_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    really_start = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        really_start(thread)
+        raise Killed
+
+    backend = Backend(held=True)
+    with Batcher(backend, timeout_s=WITHIN_S) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(Killed):
+                batcher.load("a")
+        flights = [batcher.submit("a"), batcher.submit("b")]
+        backend.let_go()
+        assert [flight.result(WITHIN_S) for flight in flights] == ["A", "B"]
+        assert len(threads_of_batchers()) == 1
+
+
 def test_where_no_thread_can_take_over_from_one_that_hangs_that_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

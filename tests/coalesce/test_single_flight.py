@@ -278,6 +278,29 @@ def test_a_failure_is_freed_with_its_callers_without_waiting_for_the_collector()
         gc.enable()
 
 
+def test_a_caller_who_is_killed_as_it_starts_the_call_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a greenlet is: it waits there until the thread runs."""
+
+    class Killed(BaseException):
+        pass
+
+    really_start = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        really_start(thread)
+        raise Killed
+
+    flights, call = SingleFlight(timeout_s=WITHIN_S), Call()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(Killed):
+            flights.run("k", call)
+    flight = flights.join("k", lambda _: pytest.fail("it is in the air already"))
+    call.may_end.release()
+    assert flight.result(WITHIN_S) == "result"
+    assert at_rest(flights)
+
+
 def test_where_no_thread_can_be_started_a_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     flights = SingleFlight()
 

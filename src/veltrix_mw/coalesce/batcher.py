@@ -120,9 +120,13 @@ class Batcher(Generic[K, V]):
                 late = self._without_late()
                 if len(self._waiting) >= self._max_waiting:
                     raise Overloaded(f"{self._max_waiting} keys wait to be loaded, which is the most; try again later")
-                self._have_thread()
                 self._waiting.append((key, flight))
                 self._condition.notify()
+                try:
+                    self._have_thread()
+                except Overloaded:
+                    self._waiting.pop()
+                    raise
         finally:
             _end(late)
 

@@ -23,7 +23,8 @@ __all__ = ["Launch", "SingleFlight"]
 T = TypeVar("T")
 
 Launch = Callable[[Flight[T]], None]
-"""Sends a new flight off, and sees to it that it lands. Called in the thread that asked first; must not block."""
+"""Sends a new flight off, and sees to it that it lands, or raises. Called in the thread that asked first; must not
+block."""
 
 TIMEOUT_S: Final = 2.0  # as any call to a store: what takes milliseconds and is not there by then has failed
 MAX_CALLS: Final = 64  # each is a thread: enough for keys that are asked for at once, and an end when a store hangs
@@ -111,9 +112,11 @@ class SingleFlight:
             self._flights[key] = flight
         try:
             launch(flight)
-        except BaseException as exc:
+        except Exception as exc:
             flight.fail(exc)
             raise
+        # Anything else ends this caller (a greenlet that is killed as its thread starts), not the flight that it sent
+        # off; one that it did not get to send off is late at its deadline, and who joined it joins another.
         return flight
 
     def abandon(self, error: BaseException) -> None:
