@@ -4,8 +4,8 @@ Usage: python -m scripts.contract_table            run, then write the page; exi
        python -m scripts.contract_table --check    run nothing: exits 1 where the page has other rows than there are
 
 A row is a test class of tests/stores that derives from a contract: in each module that has it, and where its harness
-has variants, with each of them. A
-column is a contract: a class whose name ends in `Contract`. A test that a contract overrides is that one's.
+has variants, with each of them. A column is a contract: a class whose name ends in `Contract`. A test that a contract
+overrides is that one's.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ a class from it, so one store does what another does, and a new one is done when
 
 This page is written by `python -m scripts.contract_table`, which runs the suite and writes nothing where a test fails.
 Each number is of tests that passed when it was last run; a test checks that the rows are the harnesses that there are.
+Clients of the package `etcd3` pass what `etcd client handed in` passes, in their own environment: `tests/etcd3`.
 
 """
 

@@ -14,7 +14,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 once=(faults simulation cli/test_demo_cluster.py)
-once+=(stores/test_mirrored.py stores/test_redis_topologies.py stores/test_etcd_over_grpc.py)
+once+=(stores/test_mirrored.py stores/test_redis_topologies.py)
+once+=(stores/test_etcd_over_grpc.py stores/test_etcd_handed_in.py)
 at_a_time=3
 logs=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$logs"' EXIT
