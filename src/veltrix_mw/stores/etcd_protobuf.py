@@ -225,8 +225,6 @@ def _read(raw: bytes, at: int, end: int, kind: type[M]) -> M:
             found[name] = _number(value, what, of)
             continue
         begin, at = at, at + value
-        if at > end:
-            break
         if what is _Kind.BYTES:
             found[name] = raw[begin:at]
         elif what is _Kind.ONE:
@@ -238,7 +236,7 @@ def _read(raw: bytes, at: int, end: int, kind: type[M]) -> M:
         else:
             found.setdefault(name, []).append(raw[begin:at].decode())
     if at != end:
-        raise IndexError
+        raise IndexError  # a part was longer than the whole
     return kind(**found)
 
 
