@@ -100,6 +100,12 @@ def redis_url(server: RedisServer, query: str) -> str:
     return f"rediss://127.0.0.1:{server.port}/0?{query}"
 
 
+def url_of(server: EtcdCluster | RedisServer, query: str, way: str) -> str:
+    if isinstance(server, RedisServer):
+        return redis_url(server, query)
+    return etcd_url(server, f"{query}&transport={way}")
+
+
 def cut(cluster: EtcdCluster) -> None:
     """End every connection to it."""
     (member,) = cluster.members
@@ -111,14 +117,13 @@ def troubles(client: ConfigClient) -> str:
     return "; ".join(tier.error for tier in client.status().tiers if tier.error)
 
 
-@pytest.mark.parametrize("scheme", ["etcds", "rediss"])
-def test_a_certificate_and_a_user_of_the_environment_are_asked_for_and_taken(rotation: Rotation, scheme: str) -> None:
-    secured = secured_etcd(rotation) if scheme == "etcds" else secured_redis(rotation)
+@pytest.mark.parametrize("way", ["gateway", "grpc", "redis"])
+def test_a_certificate_and_a_user_of_the_environment_are_asked_for_and_taken(rotation: Rotation, way: str) -> None:
+    secured = secured_redis(rotation) if way == "redis" else secured_etcd(rotation)
     with secured as server:
 
         def opened(query: str) -> ConfigClient:
-            url = etcd_url(server, query) if isinstance(server, EtcdCluster) else redis_url(server, query)
-            return ConfigClient(url, namespace="shop")
+            return ConfigClient(url_of(server, query, way), namespace="shop")
 
         with opened(rotation.query) as client:
             client.wait_for(client.put("k", 2), timeout_s=WITHIN_S)
@@ -134,12 +139,11 @@ def test_a_certificate_and_a_user_of_the_environment_are_asked_for_and_taken(rot
             refused.close()
 
 
-@pytest.mark.parametrize("scheme", ["etcds", "rediss"])
-def test_another_ca_is_believed_from_the_next_connection_on(rotation: Rotation, scheme: str) -> None:
-    secured = secured_etcd(rotation) if scheme == "etcds" else secured_redis(rotation)
+@pytest.mark.parametrize("way", ["gateway", "grpc", "redis"])
+def test_another_ca_is_believed_from_the_next_connection_on(rotation: Rotation, way: str) -> None:
+    secured = secured_redis(rotation) if way == "redis" else secured_etcd(rotation)
     with secured as server:
-        url = etcd_url(server, rotation.query) if isinstance(server, EtcdCluster) else redis_url(server, rotation.query)
-        client = ConfigClient(url, namespace="shop")
+        client = ConfigClient(url_of(server, rotation.query, way), namespace="shop")
         revision = client.put("k", 2)
         rotation.trust(rotation.new.ca)
         assert client.read(["k"])["k"].mod_revision == revision, "a connection that is open stays"
@@ -151,10 +155,11 @@ def test_another_ca_is_believed_from_the_next_connection_on(rotation: Rotation, 
         client.close()
 
 
+@pytest.mark.parametrize("way", ["gateway", "grpc"])
 def test_a_worker_of_etcd_goes_on_with_the_certificate_that_took_the_place_of_an_expired_one(
-    rotation: Rotation,
+    rotation: Rotation, way: str
 ) -> None:
-    with secured_etcd(rotation) as cluster, ConfigClient(etcd_url(cluster, rotation.query)) as worker:
+    with secured_etcd(rotation) as cluster, ConfigClient(url_of(cluster, rotation.query, way)) as worker:
         worker.wait_ready(WITHIN_S)
         cluster.put("shop/k", "2")
         wait_until(lambda: worker.snapshot["k"] == 2, WITHIN_S, reason="the worker follows")
