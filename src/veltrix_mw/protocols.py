@@ -25,6 +25,7 @@ __all__ = [
     "Followed",
     "Leaderless",
     "Lease",
+    "LeaseStore",
     "Limits",
     "Listing",
     "Mirror",
@@ -354,6 +355,25 @@ class Lease:
 
     holder: str
     token: int
+
+
+class LeaseStore(Protocol):
+    """A store that keeps leases by name, each with one holder in the fleet."""
+
+    def acquire(self, name: str, holder: str, *, ttl_s: float, timeout_s: float) -> tuple[Lease | None, str, float]:
+        """Take the lease if nobody has it. Returns it, or None; who holds it; and in how many seconds it ends.
+
+        Raises `AuthFailed` where these credentials may not.
+        """
+        ...
+
+    def renew(self, name: str, lease: Lease, *, ttl_s: float, timeout_s: float) -> None:
+        """Hold it for another `ttl_s`. Raises `LeaseLost` where it ran out, or is another's."""
+        ...
+
+    def release(self, name: str, lease: Lease, *, timeout_s: float) -> None:
+        """Give it up, if it is held."""
+        ...
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from hashlib import sha1
 from typing import Any, Final
 
 from veltrix_mw.keys import is_key
-from veltrix_mw.protocols import Batch, ChangeRecord, MirrorState, Position, RawChange
+from veltrix_mw.protocols import Batch, ChangeRecord, Lease, MirrorState, Position, RawChange
 from veltrix_mw.values import MISSING, Missing
 
 __all__ = [
@@ -25,12 +25,14 @@ __all__ = [
     "COMMIT",
     "ELECT",
     "FILL",
+    "GRANT",
     "KEEP",
     "MAX_CHANGES",
     "META_FIELDS",
     "MIRROR",
     "PROVE",
     "RENEW",
+    "RENEW_LEASE",
     "RESIGN",
     "Meta",
     "Names",
@@ -40,7 +42,9 @@ __all__ = [
     "age_of",
     "append_arguments",
     "encode_record",
+    "held_as",
     "meta_of",
+    "milliseconds",
     "pairs_of",
     "state_of",
     "stored_of",
@@ -78,9 +82,27 @@ class Names:
         self.token = f"{self.base}token"
         self.wanted = f"{self.base}wanted"
 
+    def lease_of(self, name: str) -> str:
+        """Where the lease of that name is; the relay's own is `lease`."""
+        return f"{self.base}lease:{name}"
+
+    def token_of(self, name: str) -> str:
+        """The last fencing token of the lease of that name."""
+        return f"{self.base}token:{name}"
+
     def filling(self, token: int) -> str:
         """Where the relay of that fencing token prepares what will replace the entries."""
         return f"{self.base}filling:{token}"
+
+
+def held_as(lease: Lease) -> str:
+    """The lease as it stands in Redis."""
+    return f"{lease.token} {lease.holder}"
+
+
+def milliseconds(ttl_s: float) -> int:
+    """A time to live, as Redis takes it."""
+    return max(1, round(ttl_s * 1000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +415,34 @@ KEEP: Final = Script(
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {{'lost'}} end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return {{'ok', redis.call('HMGET', KEYS[2], {", ".join(repr(name) for name in META_FIELDS)}), redis.call('TIME')}}
+"""
+)
+
+GRANT: Final = Script(
+    """-- KEYS lease, token; ARGV holder, milliseconds
+local held = redis.call('GET', KEYS[1])
+if held then
+  local left = redis.call('PTTL', KEYS[1])
+  if left < 0 then
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
+    left = tonumber(ARGV[2])
+  end
+  return {'held', held, left}
+end
+-- At least the clock: a Redis that lost the counter must not give out a token that somebody still holds.
+local now = redis.call('TIME')
+local token = string.format('%.0f', math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), now[1] * 1e6 + now[2]) + 1)
+redis.call('SET', KEYS[2], token)
+redis.call('SET', KEYS[1], token .. ' ' .. ARGV[1], 'PX', ARGV[2])
+return {'ok', token}
+"""
+)
+
+RENEW_LEASE: Final = Script(
+    """-- KEYS lease; ARGV the lease, milliseconds
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {'lost'} end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return {'ok'}
 """
 )
 

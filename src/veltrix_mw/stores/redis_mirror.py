@@ -26,7 +26,9 @@ from veltrix_mw.stores.redis_layout import (
     RESIGN,
     Names,
     append_arguments,
+    held_as,
     meta_of,
+    milliseconds,
     state_of,
 )
 from veltrix_mw.stores.redis_link import Command, Connection, RedisLink
@@ -155,22 +157,24 @@ class RedisMirror:
     def elect(self, holder: str, *, ttl_s: float, timeout_s: float) -> tuple[Lease | None, str, float]:
         names = self._names
         with self._link.session(timeout_s) as connection:
-            said, *rest = connection.run(ELECT, (names.lease, names.token, names.entries), (holder, _ms(ttl_s)))
+            said, *rest = connection.run(
+                ELECT, (names.lease, names.token, names.entries), (holder, milliseconds(ttl_s))
+            )
         if said == b"held":
             return None, rest[0].partition(b" ")[2].decode(errors="replace"), int(rest[1]) / 1000
         self._check_said(said)
         return Lease(holder, int(rest[0])), holder, ttl_s
 
     def keep(self, lease: Lease, *, ttl_s: float, timeout_s: float) -> MirrorState:
-        names, held = self._names, _held(lease)
+        names, held = self._names, held_as(lease)
         with self._link.session(timeout_s) as connection:
-            said, *rest = connection.run(KEEP, (names.lease, names.entries), (held, _ms(ttl_s)))
+            said, *rest = connection.run(KEEP, (names.lease, names.entries), (held, milliseconds(ttl_s)))
             self._check_said(said)
             return self._state(rest[0], rest[1], held.encode())
 
     def resign(self, lease: Lease, *, timeout_s: float) -> None:
         with self._link.session(timeout_s) as connection:
-            connection.run(RESIGN, (self._names.lease,), (_held(lease),))
+            connection.run(RESIGN, (self._names.lease,), (held_as(lease),))
 
     # --- written by the relay
 
@@ -192,7 +196,7 @@ class RedisMirror:
         names, position = self._names, listing.position
         filling = names.filling(lease.token)
         arguments = (
-            _held(lease),
+            held_as(lease),
             lease.token,
             position.incarnation,
             position.revision,
@@ -217,7 +221,7 @@ class RedisMirror:
     def append(
         self, lease: Lease, batches: Sequence[Batch], *, counts: Sequence[tuple[int, int]], timeout_s: float
     ) -> None:
-        held = _held(lease)
+        held = held_as(lease)
         made = [
             append_arguments(
                 batch,
@@ -242,7 +246,7 @@ class RedisMirror:
 
     def prove(self, lease: Lease, position: Position, *, asked_at_us: int, timeout_s: float) -> None:
         names = self._names
-        arguments = (_held(lease), position.incarnation, position.revision, position.fingerprint, asked_at_us)
+        arguments = (held_as(lease), position.incarnation, position.revision, position.fingerprint, asked_at_us)
         with self._link.session(timeout_s) as connection:
             said, *rest = connection.run(PROVE, (names.entries, names.lease), arguments)
         self._check_said(said, rest)
@@ -278,15 +282,6 @@ class RedisMirror:
                 raise self._rules.wrong_kind()
             case _:
                 raise self._link.not_ours(f"{self._names.entries} or {self._names.changes}, without our meta,")
-
-
-def _held(lease: Lease) -> str:
-    """The lease as it stands in Redis."""
-    return f"{lease.token} {lease.holder}"
-
-
-def _ms(ttl_s: float) -> int:
-    return max(1, round(ttl_s * 1000))
 
 
 def _microseconds(time_reply: Sequence[bytes]) -> int:
