@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 from veltrix_mw.errors import SettingsError
 from veltrix_mw.keys import check_namespace
 
-__all__ = ["DEFAULT_NAMESPACE", "Host", "StoreUrl", "find_mirror_url", "find_url", "parse_url", "shown"]
+__all__ = ["DEFAULT_NAMESPACE", "Host", "StoreUrl", "find_mirror_url", "find_url", "parse_url", "plain_scheme", "shown"]
 
 Host = tuple[str, int]
 
@@ -147,6 +147,11 @@ class StoreUrl:
 def shown(host: Host) -> str:
     """A host as it is written in a URL, its port with it."""
     return f"[{host[0]}]:{host[1]}" if ":" in host[0] else f"{host[0]}:{host[1]}"
+
+
+def plain_scheme(scheme: str) -> str:
+    """The scheme of a Redis that is as this one's, without TLS."""
+    return scheme.replace("rediss", "redis", 1)
 
 
 def find_url(url: str | None, *, environ: Mapping[str, str] | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,32 @@ def test_only_some_alerts_are_about_the_certificate_that_was_shown(reason: str, 
     assert verdict_of(failed(reason)) is verdict
 
 
-def test_a_server_that_is_not_believed_is_told_apart() -> None:
-    assert verdict_of(ssl.SSLCertVerificationError(1, "expired")) is Verdict.SERVER_NOT_BELIEVED
+@pytest.mark.parametrize(
+    ("code", "verdict"),
+    [
+        (10, Verdict.SERVER_EXPIRED),
+        (9, Verdict.SERVER_NOT_YET_VALID),
+        (62, Verdict.SERVER_OF_OTHER_NAME),
+        (63, Verdict.SERVER_OF_OTHER_NAME),
+        (64, Verdict.SERVER_OF_OTHER_NAME),
+        (20, Verdict.SERVER_NOT_SIGNED),
+        (18, Verdict.SERVER_NOT_SIGNED),
+    ],
+)
+def test_why_a_server_is_not_believed_is_told_apart(code: int, verdict: Verdict) -> None:
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_code = code
+    assert verdict_of(error) is verdict
+
+
+def test_a_key_with_a_passphrase_is_named_and_nobody_is_asked_for_it(tmp_path: Path) -> None:
+    certificates = Certificates(tmp_path, "ours")
+    cert, key = certificates.issue("client")
+    locked = tmp_path / "locked.key"
+    command = ["openssl", "pkey", "-in", str(key), "-aes256", "-passout", "pass:secret", "-out", str(locked)]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(UnusableFile, match=r"the key .*locked\.key is encrypted; give one without a passphrase"):
+        Tls(str(certificates.ca), str(cert), str(locked)).context()
 
 
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:

@@ -178,14 +178,13 @@ def wants_tls(host: Host) -> Failed:
 
 
 def _about_certificate(exc: ssl.SSLCertVerificationError, where: str, tls: Tls | None) -> str:
-    if exc.verify_code == 10:  # X509_V_ERR_CERT_HAS_EXPIRED
-        return f"the certificate of etcd at {where} has expired; renew it there"
-    if exc.verify_code in {62, 63, 64}:  # host, e-mail or address mismatch
-        return f"the certificate of etcd at {where} is for other names; add this one to it, or use one that it names"
-    if exc.verify_code == 9:  # not yet valid
-        return f"the certificate of etcd at {where} is not valid yet; check the clocks of both machines"
+    what = f"the certificate of etcd at {where}"
+    match verdict_of(exc):
+        case Verdict.SERVER_EXPIRED:
+            return f"{what} has expired; renew it there"
+        case Verdict.SERVER_OF_OTHER_NAME:
+            return f"{what} is for other names; add this one to it, or use one that it names"
+        case Verdict.SERVER_NOT_YET_VALID:
+            return f"{what} is not valid yet; check the clocks of both machines"
     trusted = f"by the CA in {tls.ca}" if tls and tls.ca else "by a CA that this system trusts"
-    return (
-        f"the certificate of etcd at {where} is not signed {trusted} ({exc.verify_message}); give the file of the "
-        "right one: ca="
-    )
+    return f"{what} is not signed {trusted} ({exc.verify_message}); give the file of the right one: ca="

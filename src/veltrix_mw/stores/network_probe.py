@@ -138,12 +138,12 @@ class NetworkProbe:
     def _not_believed(self, exc: ssl.SSLCertVerificationError, host: Host, tls: Tls, by_s: float) -> str:
         presented = self._presented(host, tls, by_s)
         what = f"the certificate of {shown(host)} ({presented})" if presented else f"the certificate of {shown(host)}"
-        match exc.verify_code:
-            case 10:  # X509_V_ERR_CERT_HAS_EXPIRED
+        match verdict_of(exc):
+            case Verdict.SERVER_EXPIRED:
                 return f"{what} has expired: renew it on the server; or is this machine's clock wrong?"
-            case 9:
+            case Verdict.SERVER_NOT_YET_VALID:
                 return f"{what} is not valid yet: check the clocks of both machines"
-            case 62 | 63 | 64:  # host, e-mail or address mismatch
+            case Verdict.SERVER_OF_OTHER_NAME:
                 return f"{what} is for other names than {host[0]}: add it there, or name the server as it says"
         trusted = f"by the CA in {tls.ca}" if tls.ca else "by a CA that this system trusts"
         return f"{what} is not signed {trusted} ({exc.verify_message}): name the file of its CA, ca=FILE"

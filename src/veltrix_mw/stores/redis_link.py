@@ -31,7 +31,7 @@ from redis.connection import Connection as _DriverConnection
 from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
 from veltrix_mw.protocols import CertificateFault, NotLetIn, NotPermitted, Silent
-from veltrix_mw.settings import Host, shown
+from veltrix_mw.settings import Host, plain_scheme, shown
 from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
 from veltrix_mw.stores.redis_routes import Guided, Question, Route, Server
@@ -550,10 +550,16 @@ class RedisLink:
         except TimeoutError as exc:
             raise StoreUnavailable(
                 f"{self.url} did not answer the TLS handshake in time: is it up? If its port is one without TLS, "
-                "write redis://"
+                f"write {plain_scheme(self._scheme)}://"
             ) from exc
 
     # --- what an error means
+
+    @property
+    def _scheme(self) -> str:
+        """The URL's; of a guide, which errors call otherwise, the one of a server like it."""
+        scheme, found, _ = self.url.partition("://")
+        return scheme if found else "rediss" if self._tls else "redis"
 
     @property
     def _host(self) -> str:
@@ -590,7 +596,8 @@ class RedisLink:
             return StoreUnavailable(f"{url} has as many clients as it may: raise maxclients")
         reset = isinstance(error, (ConnectionResetError, BrokenPipeError)) or "Connection closed by server" in text
         if reset or "Connection reset" in text or "while writing to socket" in text:
-            hint = " (a TLS port does so too: write rediss:// if it is one; so does etcd's: check the port)"
+            secure = self._scheme.replace("redis", "rediss", 1)
+            hint = f" (a TLS port does so too: write {secure}:// if it is one; so does etcd's: check the port)"
             if self._tls:
                 asks = (
                     "" if self._tls.cert else "one that asks for a client certificate does so too: give cert and key; "
@@ -698,10 +705,13 @@ class RedisLink:
     def _tls_failed(self, error: ssl.SSLError) -> StoreError:
         url, ca = self.url, (self._tls and self._tls.ca) or "the system's authorities"
         if isinstance(error, ssl.SSLCertVerificationError):
-            if error.verify_code == 10:
-                return StoreError(f"the certificate of {url} has expired: renew it on the server")
-            if error.verify_code in {62, 64}:
-                return StoreError(f"the certificate of {url} is for another host: {error.verify_message}")
+            match verdict_of(error):
+                case Verdict.SERVER_EXPIRED:
+                    return StoreError(f"the certificate of {url} has expired: renew it on the server")
+                case Verdict.SERVER_NOT_YET_VALID:
+                    return StoreError(f"the certificate of {url} is not valid yet: check the clocks of both machines")
+                case Verdict.SERVER_OF_OTHER_NAME:
+                    return StoreError(f"the certificate of {url} is for another host: {error.verify_message}")
             return StoreError(
                 f"the certificate of {url} is not signed by {ca} ({error.verify_message}): name its CA with ca=FILE"
             )
@@ -714,7 +724,8 @@ class RedisLink:
                     f"{url} refused our client certificate ({reason.lower()}): give one that its CA signed"
                 )
             case Verdict.NOT_TLS:
-                return StoreError(f"{url} does not speak TLS: write redis://, or name its TLS port")
+                plain = plain_scheme(self._scheme)
+                return StoreError(f"{url} does not speak TLS: write {plain}://, or name its TLS port")
         # The end of the connection may come before its reset, and has more than one name.
         is_closed = not self._has_answered and (not reason or "EOF" in reason)
         hint = " (a port without TLS, such as etcd's, does so too: check the port)" if is_closed else ""

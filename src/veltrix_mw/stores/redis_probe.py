@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 from veltrix_mw.errors import StoreError
 from veltrix_mw.findings import Said, Step, fail, not_made, ok, warn
 from veltrix_mw.protocols import MirrorState, NotLetIn, NotPermitted, Position, Silent
-from veltrix_mw.settings import StoreUrl, shown
+from veltrix_mw.settings import StoreUrl, plain_scheme, shown
 from veltrix_mw.stores.network_probe import NetworkProbe
 from veltrix_mw.stores.pace import clock_said, paced
 from veltrix_mw.stores.redis_layout import AUTHORITY, META_FIELDS, MIRROR, Meta, Names, meta_of, state_of
@@ -48,7 +48,9 @@ class RedisProbe:
         self._route = route_of(url)
         self._timeout_s = timeout_s
         self._files = (options.get("ca"), options.get("cert"), options.get("key"))
-        self._network = NetworkProbe(url.hosts, tls=Tls(*self._files) if url.tls else None, plain="redis")
+        self._network = NetworkProbe(
+            url.hosts, tls=Tls(*self._files) if url.tls else None, plain=plain_scheme(url.scheme)
+        )
         self._opened: dict[int, RedisLink] = {}
         self._not_let_in: NotLetIn | None = None
         self._meta: Meta | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Final
 
 from veltrix_mw.protocols import CertificateFault
 
@@ -48,11 +49,20 @@ class Tls:
 
     def _presenting(self, context: ssl.SSLContext) -> ssl.SSLContext:
         if self.cert:
+            key = self.key or self.cert
+
+            def refuse() -> str:
+                # Without an answer here OpenSSL would ask for the passphrase on the terminal, and wait there.
+                raise UnusableFile(
+                    f"the key {key} is encrypted; give one without a passphrase that only this user may read: "
+                    f"openssl pkey -in {key} -out FILE, then key=FILE"
+                )
+
             try:
-                context.load_cert_chain(self.cert, self.key)
+                context.load_cert_chain(self.cert, self.key, password=refuse)
             except OSError as exc:
                 raise UnusableFile(
-                    f"the client certificate {self.cert} with the key {self.key or self.cert} cannot be used "
+                    f"the client certificate {self.cert} with the key {key} cannot be used "
                     f"({reason_of(exc)}); name readable PEM files that belong together: cert=FILE and key=FILE"
                 ) from exc
         return context
@@ -61,17 +71,30 @@ class Tls:
 class Verdict(Enum):
     """What a failed handshake says."""
 
-    SERVER_NOT_BELIEVED = auto()
+    SERVER_EXPIRED = auto()
+    SERVER_NOT_YET_VALID = auto()  # or a clock is wrong
+    SERVER_OF_OTHER_NAME = auto()
+    SERVER_NOT_SIGNED = auto()  # by nobody who is trusted
     CERTIFICATE_WANTED = auto()  # ours, and none was shown
     CERTIFICATE_REFUSED = auto()  # ours
     NOT_TLS = auto()  # the other side speaks something else
     OTHER = auto()
 
 
+# By X509_V_ERR_*: expired; not yet valid; the host, an e-mail or an address does not match.
+_OF_SERVER: Final = {
+    10: Verdict.SERVER_EXPIRED,
+    9: Verdict.SERVER_NOT_YET_VALID,
+    62: Verdict.SERVER_OF_OTHER_NAME,
+    63: Verdict.SERVER_OF_OTHER_NAME,
+    64: Verdict.SERVER_OF_OTHER_NAME,
+}
+
+
 def verdict_of(error: ssl.SSLError) -> Verdict:
-    """By the alert that the server sent, or by what came in its place."""
+    """By what is wrong with the server's certificate, the alert that it sent, or what came in its place."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return Verdict.SERVER_NOT_BELIEVED
+        return _OF_SERVER.get(error.verify_code, Verdict.SERVER_NOT_SIGNED)
     reason = reason_of(error).upper()
     if "CERTIFICATE_REQUIRED" in reason or "HANDSHAKE_FAILURE" in reason:
         return Verdict.CERTIFICATE_WANTED
