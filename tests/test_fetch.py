@@ -13,6 +13,9 @@ from random import Random
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.stores.contract import WITHIN_S, in_a_fork
 from tests.support.waiting import wait_until
@@ -572,6 +575,43 @@ def test_after_a_fork_both_sides_fetch(client: ConfigClient, store: GatedStore) 
 
     in_a_fork(child)
     assert client.view().fetch("users/1", default=2) == 2
+
+
+# --- what is told
+
+
+def test_what_waits_is_told_and_what_is_held_is_only_counted(store: GatedStore, start: Start) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    client = start(tracer_provider=provider, fetch_timeout_s=10)
+    write(client, **{LIMIT: 5})
+
+    def told() -> list[tuple[Any, Any]]:
+        spans = [span for span in exporter.get_finished_spans() if span.name == "veltrix.fetch"]
+        exporter.clear()
+        return [(span.attributes["veltrix.result"], span.attributes["veltrix.unit_count"]) for span in spans]  # type: ignore[index]
+
+    client.view().fetch_many([LIMIT, "users/1"])
+    assert told() == [("miss", 2)]
+    client.view().fetch(LIMIT)
+    assert told() == []
+    store.error = StoreUnavailable("away")
+    with pytest.raises(StoreUnavailable):
+        client.view().fetch("users/2")
+    assert told() == [("error", 1)]
+    store.error = None
+    store.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.view().fetch, "users/3", None)
+        eventually(lambda: ["users/3"] in store.asked)
+        second = pool.submit(lambda: asyncio.run(client.view().afetch("users/3", None)))
+        reader = client._views.reader
+        assert reader is not None
+        eventually(lambda: any(flight._waiting for flight in reader._batcher._flights._flights.values()))  # the task's
+        store.gate.set()
+        assert (first.result(), second.result()) == (None, None)
+    assert sorted(told()) == [("coalesced", 1), ("miss", 1)]
+    assert client._stats.fetches == {"hit": 1, "miss": 2, "coalesced": 1, "error": 1}
 
 
 # --- writing

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,18 @@ from opentelemetry.trace import TracerProvider as ApiTracerProvider
 
 from veltrix_mw import telemetry as module
 from veltrix_mw.errors import HeldBack, KeyMissing, NotReady, SettingsError, StoreUnavailable
-from veltrix_mw.telemetry import LEVELS, MAX_LINKS, Observed, Telemetry
+from veltrix_mw.telemetry import LEVELS, MAX_LINKS, FetchOutcome, Observed, Telemetry
 
 SOURCE = Path(module.__file__).parents[1]
 INSTRUMENTS = {
     "veltrix.lookup.duration": "s",
+    "veltrix.fetch.duration": "s",
     "veltrix.refresh.duration": "s",
     "veltrix.propagation.duration": "s",
     "veltrix.views": "{view}",
     "veltrix.rejected": "{change}",
     "veltrix.layers.dropped": "{layer}",
+    "veltrix.fetches": "{fetch}",
     "veltrix.reconnects": "{reconnect}",
     "veltrix.snapshot.age": "s",
     "veltrix.snapshot.revision": "{revision}",
@@ -129,6 +131,7 @@ class Client:
     reconnects: int = 0
     rejections: int = 0
     dropped_layers: int = 0
+    fetches: dict[str, int] = field(default_factory=lambda: {"hit": 4, "miss": 1})
     now: Observed | Exception = CONFIRMED
 
     def observe(self) -> Observed:
@@ -146,6 +149,8 @@ def use_everything(telemetry: Telemetry, span: trace.Span) -> None:
     telemetry.annotate_request(span, **REQUEST)
     telemetry.report_request(span, **REQUEST)
     with telemetry.lookup("a/b"):
+        pass
+    with telemetry.fetch(FetchOutcome("miss"), 1):
         pass
     with telemetry.refresh("list", "sqlite", links=[PARENT]) as refreshed:
         refreshed.revision = 1
@@ -201,13 +206,19 @@ def test_at_level_off_nothing_is_emitted_created_or_registered(sdk: Sdk) -> None
 def test_at_level_requests_there_is_a_span_for_what_blocks_and_none_for_a_read(sdk: Sdk) -> None:
     with sdk.app.start_as_current_span("GET /") as span:
         use_everything(sdk.telemetry("requests"), span)
-    assert [span.name for span in sdk.spans()] == ["veltrix.refresh", "veltrix.write", "GET /"]
+    assert [span.name for span in sdk.spans()] == ["veltrix.fetch", "veltrix.refresh", "veltrix.write", "GET /"]
 
 
 def test_at_level_lookups_a_read_has_its_span_too(sdk: Sdk) -> None:
     with sdk.app.start_as_current_span("GET /") as span:
         use_everything(sdk.telemetry("lookups"), span)
-    assert [span.name for span in sdk.spans()] == ["veltrix.lookup", "veltrix.refresh", "veltrix.write", "GET /"]
+    assert [span.name for span in sdk.spans()] == [
+        "veltrix.lookup",
+        "veltrix.fetch",
+        "veltrix.refresh",
+        "veltrix.write",
+        "GET /",
+    ]
 
 
 # Requests
@@ -307,6 +318,43 @@ def test_whatever_key_is_asked_for_the_span_can_carry_it(sdk: Sdk, asked: Any, s
 
 
 # Refreshes
+
+
+# Fetches
+
+
+def test_a_fetch_is_a_child_of_the_current_span_and_says_how_it_came_by_its_units(sdk: Sdk) -> None:
+    telemetry, outcome = sdk.telemetry(), FetchOutcome()
+    with sdk.app.start_as_current_span("GET /") as outer:
+        with telemetry.fetch(outcome, 3):
+            outcome.result = "miss"
+            assert trace.get_current_span() is outer
+        failed = FetchOutcome("error", StoreUnavailable("the store is away"))
+        with telemetry.fetch(failed, 1):
+            pass
+    one, other = sdk.spans("veltrix.fetch")
+    assert one.parent == outer.get_span_context()
+    assert one.attributes == {"veltrix.unit_count": 3, "veltrix.result": "miss"}
+    assert one.status.status_code is StatusCode.UNSET
+    assert other.attributes == {
+        "veltrix.unit_count": 1, "veltrix.result": "error", "error.type": "StoreUnavailable",
+    }  # fmt: skip
+    assert other.status.status_code is StatusCode.ERROR
+    assert set(sdk.points("veltrix.fetch.duration")) == {
+        (("veltrix.result", "miss"),),
+        (("veltrix.result", "error"),),
+    }
+
+
+def test_fetches_of_several_clients_are_summed_by_namespace_and_result(sdk: Sdk) -> None:
+    clients = [Client(), Client(fetches={"miss": 2}), Client(namespace="other", fetches={})]
+    for client in clients:
+        sdk.telemetry().observe(client)
+    shop = of("shop")
+    assert sdk.points("veltrix.fetches") == {
+        (*shop, ("veltrix.result", "hit")): 4,
+        (*shop, ("veltrix.result", "miss")): 3,
+    }
 
 
 def test_a_refresh_is_a_new_root_also_within_a_request(sdk: Sdk) -> None:
@@ -506,6 +554,7 @@ def test_a_clients_numbers_are_exported_with_its_namespace_alone(sdk: Sdk) -> No
         "veltrix.views": {at: 10},
         "veltrix.rejected": {at: 1},
         "veltrix.layers.dropped": {at: 3},
+        "veltrix.fetches": {(*at, ("veltrix.result", "hit")): 4, (*at, ("veltrix.result", "miss")): 1},
         "veltrix.reconnects": {at: 2},
         "veltrix.snapshot.age": {at: 1.5},
         "veltrix.snapshot.revision": {at: 41},
@@ -593,6 +642,7 @@ def test_every_instrument_has_its_unit_and_buckets(sdk: Sdk) -> None:
         name: metric.data.data_points[0].explicit_bounds for name, metric in metrics.items() if "duration" in name
     } == {
         "veltrix.lookup.duration": LOOKUP_BUCKETS,
+        "veltrix.fetch.duration": LOOKUP_BUCKETS,
         "veltrix.refresh.duration": REFRESH_BUCKETS,
         "veltrix.propagation.duration": PROPAGATION_BUCKETS,
     }
@@ -600,6 +650,7 @@ def test_every_instrument_has_its_unit_and_buckets(sdk: Sdk) -> None:
         "veltrix.views",
         "veltrix.rejected",
         "veltrix.layers.dropped",
+        "veltrix.fetches",
         "veltrix.reconnects",
     }
     assert all(metric.description for metric in metrics.values())

@@ -204,7 +204,9 @@ class ConfigClient:
         # A unit can be judged by itself where a schema asks for no more than lies in one.
         of_units = {name: model for name, model in schemas.items() if unit_of(name, lazy)}
         views.units = LazyUnits(lazy, Schemas(of_units, defaults=views.defaults), UnitCache(max_bytes=max_bytes))
-        views.reader = UnitReader(self._authority, views.units, timeout_s=self.fetch_timeout_s)
+        views.reader = UnitReader(
+            self._authority, views.units, timeout_s=self.fetch_timeout_s, telemetry=self._telemetry
+        )
 
     # Lifecycle
 
@@ -844,6 +846,11 @@ class _Stats:
     @property
     def dropped_layers(self) -> int:
         return self._client._views.dropped
+
+    @property
+    def fetches(self) -> Mapping[str, int]:
+        reader = self._client._views.reader
+        return {} if reader is None else reader.fetches
 
     @property
     def reconnects(self) -> int:

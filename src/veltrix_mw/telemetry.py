@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LEVELS",
     "current_context",
+    "FetchOutcome",
     "LookupOutcome",
     "Observed",
     "RefreshOutcome",
@@ -102,6 +103,11 @@ class Stats(Protocol):
         """Invalid layers of requests that were dropped so far."""
         ...
 
+    @property
+    def fetches(self) -> Mapping[str, int]:
+        """Fetches of lazy units so far, by result: `hit`, `miss`, `coalesced`, `error`."""
+        ...
+
     def observe(self) -> Observed:
         """Where the client stands now."""
         ...
@@ -112,6 +118,17 @@ class LookupOutcome:
     """What a read found; an exception that leaves the read overrules it."""
 
     result: Literal["hit", "miss", "error"] = "hit"
+
+
+@dataclass(slots=True)
+class FetchOutcome:
+    """How a fetch of lazy units came by them: `hit` where all were held, `coalesced` where others had them read.
+
+    `error` is the first that a unit ended in; it makes the result one.
+    """
+
+    result: Literal["hit", "miss", "coalesced", "error"] = "coalesced"
+    error: Exception | None = None
 
 
 @dataclass(slots=True)
@@ -235,6 +252,28 @@ class Telemetry:
             span.set_attribute("veltrix.result", outcome.result)
             span.end()
 
+    @contextmanager
+    def fetch(self, outcome: FetchOutcome, units: int) -> Iterator[None]:
+        """Around a wait for lazy units: a `veltrix.fetch` span, child of the current one, and a record of its duration.
+
+        The span does not become the current one: a task that waits may be closed in another context.
+        """
+        if self.level == "off":
+            yield
+            return
+        span = self._spans().start_span("veltrix.fetch", attributes={"veltrix.unit_count": units})
+        started_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            if outcome.error is not None:
+                _tell_error(span, outcome.error)
+            span.set_attribute("veltrix.result", outcome.result)
+            context = trace.set_span_in_context(span)
+            took_s = time.perf_counter() - started_s
+            self._metrics().fetch_duration.record(took_s, {"veltrix.result": outcome.result}, context)
+            span.end()
+
     # Following
 
     @contextmanager
@@ -353,6 +392,7 @@ class _Instruments:
         self.lookup_duration = _histogram(
             meter, "veltrix.lookup.duration", "What config cost a request: the sum of its reads", _LOOKUP_BUCKETS_S
         )
+        self.fetch_duration = _histogram(meter, "veltrix.fetch.duration", "Waiting for lazy units", _LOOKUP_BUCKETS_S)
         self.refresh_duration = _histogram(
             meter, "veltrix.refresh.duration", "Listing, or applying a batch of changes", _REFRESH_BUCKETS_S
         )
@@ -372,6 +412,9 @@ class _Instruments:
         counter("veltrix.views", "{view}", "Views pinned", lambda stats: stats.views)
         counter("veltrix.rejected", "{change}", "Changes held back", lambda stats: stats.rejections)
         counter("veltrix.layers.dropped", "{layer}", "Invalid layers dropped", lambda stats: stats.dropped_layers)
+        meter.create_observable_counter(
+            "veltrix.fetches", [lambda _: self._results()], "{fetch}", "Fetches of lazy units, by result"
+        )
         counter("veltrix.reconnects", "{reconnect}", "Watches opened again", lambda stats: stats.reconnects)
         gauge("veltrix.snapshot.age", "s", "Time since the snapshot was last confirmed", lambda now: now.age_s)
         gauge("veltrix.snapshot.revision", "{revision}", "The snapshot's revision", lambda now: now.revision)
@@ -402,6 +445,19 @@ class _Instruments:
         for namespace, count in self._read(total):
             totals[namespace] = totals.get(namespace, 0) + count
         return _observations(totals)
+
+    def _results(self) -> Iterable[Observation]:
+        """One observation a namespace and result of its fetches: the sum over its clients."""
+        from opentelemetry.metrics import Observation
+
+        totals: dict[tuple[str, str], int] = {}
+        for namespace, fetches in self._read(lambda stats: dict(stats.fetches)):
+            for result, count in fetches.items():
+                totals[namespace, result] = totals.get((namespace, result), 0) + count
+        return [
+            Observation(count, {"veltrix.namespace": namespace, "veltrix.result": result})
+            for (namespace, result), count in totals.items()
+        ]
 
     def _readings(self, reading: Callable[[Observed], float]) -> Iterable[Observation]:
         """One observation a namespace: of its client of the highest age, as that is the one to worry about."""

@@ -17,6 +17,7 @@ from veltrix_mw.errors import Compacted, InvalidValue, NotReady, Overloaded, Sto
 from veltrix_mw.lazy import LazyUnits, Unit
 from veltrix_mw.protocols import Unitary
 from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.telemetry import FetchOutcome, Telemetry
 
 __all__ = ["FETCH_TIMEOUT_S", "Rate", "UnitReader"]
 
@@ -84,6 +85,7 @@ class UnitReader:
         *,
         timeout_s: float = FETCH_TIMEOUT_S,
         rate: Rate | None = None,
+        telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`timeout_s` is each call's, and that of who waits and says nothing else; `rate` is of units."""
@@ -91,8 +93,11 @@ class UnitReader:
         self._units = units
         self._timeout_s = timeout_s
         self._rate = Rate(MISSES_PER_S, MISSES_AT_ONCE, clock=clock) if rate is None else rate
+        self._telemetry = Telemetry("off") if telemetry is None else telemetry
         self._clock = clock
         self._batcher = self._new_batcher()
+        # By result. Two threads at once may be counted as one: the figures are for people.
+        self.fetches = {"hit": 0, "miss": 0, "coalesced": 0, "error": 0}
 
     def _new_batcher(self) -> Batcher[_Wanted, Any]:
         return Batcher(self._read, max_items=BATCH, timeout_s=self._timeout_s, clock=self._clock)
@@ -104,24 +109,26 @@ class UnitReader:
 
     def load(self, names: Sequence[str], pinned: Snapshot, timeout_s: float | None = None) -> _Loaded:
         """Each of the units as a view of that snapshot reads it, or why it cannot be had."""
-        until_s = self._until(timeout_s)
-        loading = self._loading(names, pinned, until_s)
+        until_s, outcome = self._until(timeout_s), FetchOutcome()
+        loading = self._loading(names, pinned, until_s, outcome)
         try:
             flight = next(loading)
-            while True:
-                flight = loading.send(flight.wait_until(until_s))
+            with self._telemetry.fetch(outcome, len(names)):
+                while True:
+                    flight = loading.send(flight.wait_until(until_s))
         except StopIteration as done:
             loaded: _Loaded = done.value
             return loaded
 
     async def aload(self, names: Sequence[str], pinned: Snapshot, timeout_s: float | None = None) -> _Loaded:
         """`load` without blocking the event loop: asyncio's or trio's."""
-        until_s = self._until(timeout_s)
-        loading = self._loading(names, pinned, until_s)
+        until_s, outcome = self._until(timeout_s), FetchOutcome()
+        loading = self._loading(names, pinned, until_s, outcome)
         try:
             flight = next(loading)
-            while True:
-                flight = loading.send(await flight.await_until(until_s))
+            with self._telemetry.fetch(outcome, len(names)):
+                while True:
+                    flight = loading.send(await flight.await_until(until_s))
         except StopIteration as done:
             loaded: _Loaded = done.value
             return loaded
@@ -133,10 +140,19 @@ class UnitReader:
     def _until(self, timeout_s: float | None) -> float:
         return self._clock() + (self._timeout_s if timeout_s is None else timeout_s)
 
-    def _loading(self, names: Sequence[str], pinned: Snapshot, until_s: float) -> _Loading:
+    def _loading(self, names: Sequence[str], pinned: Snapshot, until_s: float, outcome: FetchOutcome) -> _Loading:
         """Yields each flight that is to be waited for; is told whether it landed in time."""
+        loaded = yield from self._reading(names, pinned, until_s, outcome)
+        outcome.error = next((each for each in loaded.values() if isinstance(each, Exception)), None)
+        if outcome.error is not None:
+            outcome.result = "error"
+        self.fetches[outcome.result] += 1
+        return loaded
+
+    def _reading(self, names: Sequence[str], pinned: Snapshot, until_s: float, outcome: FetchOutcome) -> _Loading:
         loaded: _Loaded = {}
         if not pinned._revision:
+            outcome.result = "hit"
             return loaded | dict.fromkeys(names, Snapshot())  # nothing was written yet, and the history has no label
         missing: list[str] = []
         for name in names:
@@ -145,8 +161,10 @@ class UnitReader:
                 missing.append(name)
             else:
                 loaded[name] = held
+        if not missing:
+            outcome.result = "hit"
         changed: list[_Past] = []
-        brought = yield from self._flying(missing, until_s)
+        brought = yield from self._flying(missing, until_s, outcome)
         for name in missing:
             unit = brought[name]
             version = unit.at(pinned) if isinstance(unit, Unit) else unit
@@ -157,17 +175,22 @@ class UnitReader:
             else:
                 loaded[name] = version
         # What has changed since the view was pinned is read from the store's history.
-        brought = yield from self._flying(changed, until_s)
+        brought = yield from self._flying(changed, until_s, outcome)
         loaded.update({past[0]: brought[past] for past in changed})
         return loaded
 
-    def _flying(self, wanted: Sequence[W], until_s: float) -> Generator[Flight[Any], bool, _Brought]:
+    def _flying(
+        self, wanted: Sequence[W], until_s: float, outcome: FetchOutcome
+    ) -> Generator[Flight[Any], bool, _Brought]:
         """What all the flights bring, or the exceptions that they end in."""
+        asked_s = self._clock()
         brought: _Brought = {}
         flights: dict[W, Flight[Any]] = {}
         for each in wanted:
             try:
                 flights[each] = self._batcher.submit(each)
+                if flights[each].began_s >= asked_s:
+                    outcome.result = "miss"
             except Exception as exc:  # noqa: BLE001  # whatever it is, it is of this unit alone
                 brought[each] = exc
         for each, flight in flights.items():
