@@ -226,6 +226,20 @@ def test_no_thread_of_grpcs_is_there_when_the_process_forks(members: MakeMembers
     stream.close()
 
 
+def test_nor_where_the_last_channel_was_closed_a_moment_ago(members: MakeMembers, server: EtcdCluster) -> None:
+    to = members(server.hosts)
+
+    def child() -> None:
+        assert not etcd_grpc._has_threads()
+        write(to)
+        to.close()
+
+    for _ in range(10):
+        write(to)
+        to._transport.drop(server.hosts[0])  # as after a call that failed
+        in_a_fork(child)
+
+
 def test_a_fork_beside_somebody_elses_channel_is_not_held_up(members: MakeMembers, server: EtcdCluster) -> None:
     import grpc
 

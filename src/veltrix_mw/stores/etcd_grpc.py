@@ -245,6 +245,8 @@ class _Channel:
     """
 
     def __init__(self, channel: grpc.Channel) -> None:
+        global _has_opened
+        _has_opened = True
         self.lent = channel
         self._pid = os.getpid()
         self.is_closed = False
@@ -337,6 +339,9 @@ _ITS_THREADS: Final = ("event_engine", "grpc_global_tim", "lifeguard", "grpc_", 
 # Every channel that is open in this process. Single additions and removals, which the interpreter makes whole.
 _open: set[_Channel] = set()
 
+# Whether there ever was one.
+_has_opened = False
+
 # What a fork left here of the parent's: gRPC must not even destroy it.
 _inherited: list[_Channel] = []
 
@@ -371,12 +376,11 @@ def _has_threads() -> bool:
 
 def _before_fork() -> None:
     # The calls have ended: `etcd_stream` holds off new ones. Watches have not; they are opened anew, in silence.
-    had_any = bool(_open)
     for channel in tuple(_open):
         channel.is_dropped = True
         channel.close()
-    if had_any:
-        _await_rest(_REST_S)
+    if _has_opened:
+        _await_rest(_REST_S)  # also after one that was closed a moment ago
 
 
 def _after_fork_in_child() -> None:
