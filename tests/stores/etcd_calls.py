@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
+
+import grpc
 
 from tests.support.etcd_servers import Certificates
 from veltrix_mw.stores.etcd_gateway import Gateway
@@ -55,3 +57,20 @@ def is_listening(host: tuple[str, int]) -> bool:
 def tls_of(certificates: Certificates, *, is_client: bool = False) -> Tls:
     cert, key = (str(certificates.client_cert), str(certificates.client_key)) if is_client else (None, None)
     return Tls(str(certificates.ca), cert, key)
+
+
+class Generators(grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor):  # type: ignore[misc]
+    """Makes a plain generator of each stream, which has no `cancel`, as OpenTelemetry's instrumentation does."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Iterator[Any]:
+        return self._read(continuation, details, request)
+
+    def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Iterator[Any]:
+        return self._read(continuation, details, requests)
+
+    def _read(self, continuation: Any, details: Any, asked: Any) -> Iterator[Any]:
+        self.made.append(details.method)
+        yield from continuation(details, asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import grpc
 import pytest
 
 from tests.stores.contract import drain, entries, here, in_a_fork, put
-from tests.stores.etcd_calls import WITHIN_S, closed_port
+from tests.stores.etcd_calls import WITHIN_S, Generators, closed_port
 from tests.support.etcd_servers import EtcdCluster, etcd
 from tests.support.redis_servers import redis_server
 from tests.support.waiting import wait_until
@@ -111,6 +112,40 @@ def test_more_than_its_channel_takes_at_once_is_listed_in_smaller_pages(
     keys = [f"k{number:02}" for number in range(40)]
     with pytest.raises(StoreUnavailable, match=r"grpc_options=\[\('grpc.max_receive_message_length', -1\)\]"):
         store.read(keys, None, timeout_s=WITHIN_S)
+
+
+def test_a_channel_whose_interceptor_makes_generators_of_streams_is_used_and_watched(
+    connect: MakeClient, server: EtcdCluster
+) -> None:
+    client, generators = connect(server.hosts[0]), Generators()
+    client.channel = grpc.intercept_channel(client.channel, generators)
+    store = adopt_store(client, namespace="generated")
+    first = put(store, "a", b"1")
+    assert entries(store)["a"] == (b"1", first), "a call with more time than its answer needs to begin"
+    watch = store.watch(here(store), timeout_s=WITHIN_S)
+    revision = put(store, "a", b"2")
+    assert revision == first + 1, "nothing is written twice"
+    assert drain(watch, revision)[-1].position == here(store)
+    ended = threading.Event()
+
+    def read_on() -> None:
+        with pytest.raises(StoreUnavailable, match="watch again"):
+            watch.next(60)
+        ended.set()
+
+    reader = threading.Thread(target=read_on)
+    reader.start()
+    wait_until(lambda: watch._is_reading, WITHIN_S, reason="somebody reads")  # type: ignore[attr-defined]
+    watch.close()
+    assert ended.wait(WITHIN_S), "closing ends who reads"
+    reader.join()
+    put(store, "a", b"3")
+    wait_until(lambda: not stream_readers(), WITHIN_S, reason="the next message ends the stream's thread")
+    assert {"/etcdserverpb.KV/Range", "/etcdserverpb.Watch/Watch"} <= {*generators.made}
+
+
+def stream_readers() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name == "veltrix-etcd-watch"]
 
 
 def test_its_token_is_shown_and_one_that_ran_out_is_told(connect: MakeClient) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from tests.stores.contract import in_a_fork
-from tests.stores.etcd_calls import WITHIN_S, MakeMembers, read, receive, watch, write
+from tests.stores.etcd_calls import WITHIN_S, Generators, MakeMembers, read, receive, watch, write
 from tests.support.etcd_servers import EtcdCluster, etcd, make_certificates
 from tests.support.proxy import Proxy
 from tests.support.waiting import wait_until
@@ -185,6 +186,22 @@ def test_closing_a_stream_that_is_full_ends_its_reader(
 
 def readers() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "veltrix-etcd-watch"]
+
+
+def test_where_interceptors_make_generators_of_streams_a_late_member_and_a_watch_are_borne(
+    members: MakeMembers, server: EtcdCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = grpc.insecure_channel
+    monkeypatch.setattr(grpc, "insecure_channel", lambda *of: grpc.intercept_channel(bare(*of), Generators()))
+    to = members(server.hosts)
+    assert isinstance(to._transport, Grpc)
+    to._transport._late_at_s[server.hosts[0]] = time.monotonic()  # as after one late answer
+    revision = write(to, b"shop/generated")
+    assert read(to, b"shop/generated").kvs[0].mod_revision == revision
+    stream = watch(to, b"shop/generated", start=revision)
+    assert receive(stream)
+    stream.close()
+    wait_until(lambda: not readers(), WITHIN_S, reason="the reader has ended with its channel")
 
 
 def test_a_message_that_is_none_ends_the_watch(

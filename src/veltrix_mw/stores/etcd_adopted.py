@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import grpc
 
@@ -26,6 +26,9 @@ LOGIN = (
     "in a new one, or name etcd by its URL, etcd://USER:PASSWORD@HOST:2379/NAMESPACE?transport=grpc, and it is renewed"
 )
 """What to do where etcd wants a user."""
+
+# How long a stream lives that was left and cannot be cancelled. The store opens its own anew long before: see `etcd`.
+_STREAM_MOST_S: Final = 900.0
 
 A = TypeVar("A", bound=Answer)
 
@@ -97,7 +100,7 @@ class Adopted:
     def watch(self, host: Host, creates: Sequence[WatchCreate], *, token: str, by_s: float) -> GrpcStream:  # noqa: ARG002
         self._check()
         try:
-            return GrpcStream(_Lent(self._client.channel), creates, self._metadata(), host)
+            return GrpcStream(_Lent(self._client.channel), creates, self._metadata(), host, most_s=_STREAM_MOST_S)
         except ValueError as exc:
             raise Failed(f"the etcd client that was handed in cannot be used ({exc})", in_vain=True) from exc
 

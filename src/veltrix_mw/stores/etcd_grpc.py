@@ -219,6 +219,11 @@ def ask(channel: grpc.Channel, name: str, body: bytes, metadata: Metadata, *, be
     # A stream's head can be waited for, and comes as soon as the answer begins, however long that is.
     streamed: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(name)
     answering = streamed(body, timeout=timeout_s, metadata=metadata)
+    if not isinstance(answering, grpc.Call):
+        # An interceptor's generator, as OpenTelemetry's is: it tells of no head, and cannot be given up. So the answer
+        # has all its time, and a late one is told that much later. It is read to its end, not asked for again by
+        # another kind of call: it may be a write, and under way.
+        return b"".join(answering)
     giving_up = threading.Timer(max(0.001, begun_by_s - now_s), answering.cancel)
     giving_up.daemon = True
     giving_up.start()
@@ -267,13 +272,26 @@ class _Channel:
 
 
 class GrpcStream:
-    """A stream of watches, read by a thread of its own, as gRPC's iterators know no deadline."""
+    """A stream of watches, read by a thread of its own, as gRPC's iterators know no deadline.
 
-    def __init__(self, channel: Lent, creates: Sequence[WatchCreate], metadata: Metadata, host: Host) -> None:
+    Of one that an interceptor made a generator, which cannot be cancelled, the thread ends with its channel, with the
+    next message, or after `most_s`.
+    """
+
+    def __init__(
+        self,
+        channel: Lent,
+        creates: Sequence[WatchCreate],
+        metadata: Metadata,
+        host: Host,
+        *,
+        most_s: float | None = None,
+    ) -> None:
         self._channel = channel
         self._host = host
         streamed: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.lent.stream_stream(_WATCH)
-        self._call = streamed(iter([encode(WatchAsked(create)) for create in creates]), metadata=metadata)
+        asked = iter([encode(WatchAsked(create)) for create in creates])
+        self._call = streamed(asked, timeout=most_s, metadata=metadata)
         # Protects the three below; notified when one of them changes.
         self._changed = threading.Condition()
         self._waiting: deque[bytes] = deque()
@@ -291,12 +309,17 @@ class GrpcStream:
                     self._changed.notify_all()
                     while sum(map(len, self._waiting)) > _MAX_WAITING_BYTES and not self._is_closed:
                         self._changed.wait()
+                    if self._is_closed:
+                        break
         except grpc.RpcError as exc:
             end = meaning(exc, self._host)
         except Exception as exc:  # noqa: BLE001  # whoever receives is told, whatever it is
             end = EOFError(f"the stream broke off ({type(exc).__name__})")
+        self._ended(end)
+
+    def _ended(self, end: Exception) -> None:
         with self._changed:
-            self._end = end
+            self._end = self._end or end
             self._changed.notify_all()
 
     def receive(self, by_s: float) -> list[Watched]:
@@ -320,13 +343,16 @@ class GrpcStream:
         return self._channel.is_dropped
 
     def interrupt(self) -> None:
-        self._call.cancel()
+        if isinstance(self._call, grpc.Call):
+            self._call.cancel()
+        else:
+            self._ended(EOFError("the stream was interrupted"))
 
     def close(self) -> None:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._call.cancel()
+        self.interrupt()
         self._channel.close()
 
 
