@@ -19,6 +19,7 @@ from veltrix_mw.findings import Finding, Said, State, Step, examine, fail, not_m
 from veltrix_mw.keys import check_prefix
 from veltrix_mw.protocols import Position, Restored, Store
 from veltrix_mw.settings import StoreUrl, find_mirror_url, find_url, parse_url
+from veltrix_mw.stores.etcd3_package import said_of_etcd3
 from veltrix_mw.stores.opening import open_mirror, open_mirror_probe, open_probe, open_store
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ def diagnose(
             except SettingsError as exc:
                 said = fail(str(exc))
         steps = [Step("url", lambda _: said), *(() if probe is None else probe.steps)]
+        package = said_of_etcd3()
+        if (
+            package is not None
+        ):  # of this machine: whatever the URL is, and where there is none, as with a client handed in
+            steps.append(Step("etcd3", lambda _: package))
         is_read = False
         for finding in examine(AUTHORITY, steps, timeout_s=_timeout_s(parsed)):
             is_read = is_read or (finding.check == "read" and finding.state in {State.OK, State.WARN})

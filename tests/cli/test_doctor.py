@@ -594,6 +594,17 @@ def test_the_package_etcd3_is_told_where_it_cannot_be_imported(
     assert "etcd3" not in {finding.check for finding in diagnose(etcd_url(cluster), mirror="")}
 
 
+@pytest.mark.parametrize("url", [None, "etc://h1/shop", "sqlite:///config.db"])
+def test_the_package_etcd3_is_told_of_without_an_etcd_to_look_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VELTRIX_URL", raising=False)
+    monkeypatch.setattr(etcd3_package, "version", {"etcd3": "0.12.0", "protobuf": "7.36.0"}.__getitem__)
+    (told,) = [finding for finding in diagnose(url, mirror="") if finding.check == "etcd3"]
+    assert (told.part, told.state) == ("authority", "warn")
+
+
 def test_over_grpc_a_gateway_that_is_off_is_no_fault(shell: Shell) -> None:
     with etcd(options=["--enable-grpc-gateway=false"]) as cluster:
         cluster.put("shop/a", "1")

@@ -17,7 +17,6 @@ from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.findings import Said, Step, fail, not_made, ok, warn
 from veltrix_mw.protocols import Leaderless, NotLetIn, NotPermitted, Silent
 from veltrix_mw.settings import Host, StoreUrl, shown
-from veltrix_mw.stores.etcd3_package import said_of_etcd3
 from veltrix_mw.stores.etcd_dialing import Dialer
 from veltrix_mw.stores.etcd_members import Members
 from veltrix_mw.stores.etcd_messages import (
@@ -74,7 +73,6 @@ class EtcdProbe:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        package = said_of_etcd3()
         return (
             *self._network.steps,
             Step("service", self._service, needs=("tls",)),
@@ -86,7 +84,6 @@ class EtcdProbe:
             Step("version", self._version, needs=("service",)),
             Step("clock", self._clock, needs=("service",)),
             Step("round trip", self._round_trip, needs=("authentication",)),
-            *([] if package is None else [Step("etcd3", lambda _: package)]),
         )
 
     def close(self) -> None:
