@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,6 +33,7 @@ from veltrix_mw.errors import AuthFailed, Compacted, StoreError, StoreUnavailabl
 from veltrix_mw.protocols import ChangeRecord, Listing, Position, RawOperation, Restored
 from veltrix_mw.stores import dialing, redis_reading
 from veltrix_mw.stores.redis import RedisStore
+from veltrix_mw.stores.redis_link import Connection
 from veltrix_mw.stores.redis_mirror import RedisMirror
 from veltrix_mw.values import MISSING
 
@@ -364,6 +366,27 @@ def test_a_write_is_acknowledged_once_enough_replicas_have_it(server: RedisServe
                 slow.commit([RawOperation("a", b"4")], ChangeRecord(), timeout_s=0.3)
         finally:
             replica.cont()
+
+
+@pytest.mark.parametrize("fault", ["stopped", "killed"])
+def test_a_server_that_ends_between_a_write_and_its_replicas_is_told_with_the_revision(
+    server: RedisServer, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    store = open_store(server, wait_replicas=1, wait_timeout_s=0.1)
+    replicated = Connection.replicated
+
+    def after_the_fault(connection: Connection, replicas: int, timeout_s: float) -> int:
+        server.stop() if fault == "stopped" else server.kill()
+        connection.end_by(time.monotonic() + 0.2)  # a write before it had more
+        return replicated(connection, replicas, timeout_s)
+
+    monkeypatch.setattr(Connection, "replicated", after_the_fault)
+    try:
+        with pytest.raises(StoreUnavailable, match=r"revision 1 was written at .* read again before you write again"):
+            put(store, "a", b"1")
+    finally:
+        server.cont() if fault == "stopped" else server.start()
+    assert entries(store) == ({"a": (b"1", 1)} if fault == "stopped" else {})
 
 
 def test_who_may_not_wait_for_replicas_is_told_before_anything_is_written(

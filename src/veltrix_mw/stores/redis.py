@@ -200,20 +200,27 @@ class RedisStore:
                 raise AssertionError(f"the script refused what holds: {operation.key}")
             self._check_said(said, rest)
             if self._wait_replicas:
-                self._await_replicas(connection, int(rest[0]), ends_s)
+                self._await_replicas(connection, int(rest[0]), ends_s, timeout_s)
         self._rules.was_there = True
         return int(rest[0])
 
-    def _await_replicas(self, connection: Connection, revision: int, ends_s: float) -> None:
-        """Raise unless enough replicas have what was written."""
+    def _await_replicas(self, connection: Connection, revision: int, ends_s: float, timeout_s: float) -> None:
+        """Raise `StoreUnavailable` unless enough replicas are known to have what was written."""
         wanted = self._wait_replicas
         # Half of what is left is for the answer: Redis looks whether the time is over now and then, not at once.
         granted_s = min(self._wait_timeout_s, max(0.001, (ends_s - time.monotonic()) / 2))
-        found = connection.replicated(wanted, granted_s)
+        written = f"revision {revision} was written at {self._link.url}"
+        fate = "it is seen, and a failover may lose it; read again before you write again"
+        try:
+            with self._link.translating(timeout_s):
+                found = connection.replicated(wanted, granted_s)
+        except StoreError as exc:
+            raise StoreUnavailable(
+                f"{written}, and whether replicas have it could not be asked: {fate} ({exc})"
+            ) from exc
         if found < wanted:
             raise StoreUnavailable(
-                f"revision {revision} was written at {self._link.url}, and only {found} of {wanted} replicas confirmed "
-                f"it within {granted_s:g} s: it is seen, and a failover may lose it; read again before you write again"
+                f"{written}, and only {found} of {wanted} replicas confirmed it within {granted_s:g} s: {fate}"
             )
 
     def read(self, keys: Sequence[str], revision: int | None, *, timeout_s: float) -> dict[str, Stored]:

@@ -223,7 +223,9 @@ class Connection:
 
     def replicated(self, replicas: int, timeout_s: float) -> int:
         """How many replicas have what was sent last, waiting until `replicas` do or the time is over."""
+        self.is_sound = False
         (reply,) = self._last.exchange([("WAIT", replicas, max(1, round(timeout_s * 1000)))])
+        self.is_sound = True
         if isinstance(reply, Exception):
             raise reply
         return int(reply)
@@ -278,8 +280,11 @@ class Connection:
         """Whether it can take another command: nothing is outstanding, and the server did not close it."""
         if not self.is_sound or self.pid != os.getpid():
             return False
+        number = self._channel.sock.fileno()
+        if number < 0:  # the driver closed it
+            return False
         poll = select.poll()
-        poll.register(self._channel.sock.fileno(), select.POLLIN)
+        poll.register(number, select.POLLIN)
         return not poll.poll(0)
 
     def shut_down(self) -> None:
