@@ -75,12 +75,22 @@ def test_each_gets_its_share_of_the_time_and_leaves_one_for_the_server(guides: G
     assert max(guides.granted_s) < 0.5
 
 
+def test_one_that_is_behind_is_believed_no_longer_than_until_another_is_asked(guides: Guides, route: Sentinels) -> None:
+    guides.says = {S1: (OLD, 3), S2: (NEW, 4), S3: (NEW, 4)}
+    assert (guides.find(route), guides.asked) == (OLD, [S1])
+    route.ask_again()
+    assert (guides.find(route), guides.asked) == (NEW, [S2])
+    for asked in ([S3], [S1, S2], [S3]):
+        route.ask_again()
+        assert (guides.find(route), guides.asked) == (NEW, asked)
+
+
 def test_one_that_is_behind_is_not_believed_while_another_knows_better(guides: Guides, route: Sentinels) -> None:
     guides.says = {S1: (NEW, 4)}
     guides.find(route)
     guides.says = {S1: AWAY, S2: (OLD, 3), S3: (NEW, 4)}
     route._ask_at_s = 0.0
-    assert (guides.find(route), guides.asked) == (NEW, [S1, S2, S3])
+    assert (guides.find(route), guides.asked) == (NEW, [S2, S3])
 
 
 def test_those_that_are_behind_are_not_believed_while_one_is_away(guides: Guides, route: Sentinels) -> None:
@@ -154,11 +164,32 @@ def test_the_owner_of_the_slot_is_found_with_its_epoch() -> None:
     assert route.find(ask, time.monotonic() + 1) == ("h2", 2)
     assert route._known is not None
     assert (route._known.epoch, set(route._known.others)) == (9, {("h1", 1), ("h2", 2), ("h3", 3)})
-    route._ask_at_s = 0.0
-    route.find(ask, time.monotonic() + 1)
-    assert asked == [("h2", 2), ("seed", 1)]  # the owner itself knows the least of what it lost
+    for _ in range(4):
+        route._ask_at_s = 0.0
+        route.find(ask, time.monotonic() + 1)
+    # All but the owner itself, in turn: it knows the least of what it lost.
+    assert asked == [("h2", 2), ("h1", 1), ("h3", 3), ("seed", 1), ("h1", 1)]
     route.moved(("h1", 1))
     assert route.find(ask, 0.0) == ("h1", 1)
+
+
+def test_one_seed_that_is_behind_is_not_asked_alone() -> None:
+    """As the name is that stands for all nodes: the others are learned."""
+    behind, ahead = NODES, NODES.replace(b" 7 connected 0-99", b" 12 connected 0-99")
+    asked: list[Host] = []
+
+    def ask(guide: Host, _questions: Sequence[Question], _deadline_s: float) -> list[Any]:
+        asked.append(guide)
+        if guide == ("seed", 1):
+            return [[[0, 99, A, C], [100, 16383, B]], behind]
+        return [[[0, 16383, A, C], [5, 5, B]], ahead]
+
+    route = Nodes([("seed", 1)], 100)
+    assert route.find(ask, time.monotonic() + 1) == ("h2", 2)
+    for _ in range(4):
+        route.ask_again()
+        assert route.find(ask, time.monotonic() + 1) == ("h1", 1)
+    assert asked[0] == ("seed", 1)
 
 
 def test_a_slot_without_an_owner_is_said() -> None:

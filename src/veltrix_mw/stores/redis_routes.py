@@ -101,7 +101,6 @@ class Guided:
         self._order = _random.sample(self._named, len(self._named))  # so that a fleet does not ask one of them alone
         self._ask_at_s = 0.0
         self._is_doubted = False
-        self._teller: Host | None = None
 
     def find(self, ask: Ask, deadline_s: float) -> Host:
         """The server; asks where it is not known, or nobody was asked for a while. Raises `StoreError`."""
@@ -120,11 +119,9 @@ class Guided:
         self._ask_at_s = 0.0
 
     def doubt(self) -> None:
-        """The server failed: ask again, and another guide."""
+        """The server failed: ask again."""
         self.ask_again()
         self._is_doubted = True
-        if self._teller is not None:
-            self._put_last(self._teller)
 
     def moved(self, server: Host) -> None:
         """The server named another one."""
@@ -134,20 +131,24 @@ class Guided:
     # ---
 
     def _answer(self, ask: Ask, deadline_s: float, known: _Told | None) -> _Told:
-        """What is to be believed; where nobody answers, what is known already."""
-        guides, failures = self._guides(known), list[StoreError]()
+        """What is to be believed; where nobody answers, what is known already.
+
+        Whoever was asked is last the next time: one that is behind and answers would be believed for ever.
+        """
+        self._order = guides = self._guides(known)
+        failures = list[StoreError]()
         best: _Told | None = None
         for number, guide in enumerate(guides):
             now_s = time.monotonic()
             share_s = (deadline_s - now_s) / (len(guides) - number + 1)  # and one for the server itself
+            self._put_last(guide)
             try:
                 told = self._told(guide, ask(guide, self._questions, now_s + max(0.0, share_s)))
             except StoreError as exc:
                 failures.append(exc)
-                self._put_last(guide)
                 continue
             if best is None or told.epoch > best.epoch:
-                best, self._teller = told, guide
+                best = told
             if known is None or best.epoch >= known.epoch:
                 return best
         if known is not None and (best is None or failures):
@@ -163,8 +164,7 @@ class Guided:
         return list(self._order)
 
     def _put_last(self, guide: Host) -> None:
-        if guide in self._order:
-            self._order = [*(each for each in self._order if each != guide), guide]
+        self._order = [*(each for each in self._order if each != guide), guide]
 
     # What is asked, and what an answer means
 
@@ -238,9 +238,10 @@ class Nodes(Guided):
     def _guides(self, known: _Told | None) -> list[Host]:
         if known is None:
             return list(self._order)
-        learned = [host for host in known.others if host not in self._order]
+        asked = [host for host in self._order if host in self._named or host in known.others]
+        learned = [host for host in known.others if host not in asked]
         # Last the owner itself: of what it lost while it was stopped it knows the least.
-        return sorted([*self._order, *learned], key=lambda host: host == known.server)
+        return sorted([*learned, *asked], key=lambda host: host == known.server)
 
     def _told(self, guide: Host, replies: Sequence[Any]) -> _Told:
         slots, nodes = replies
