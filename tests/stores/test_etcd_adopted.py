@@ -198,6 +198,13 @@ def test_a_channel_that_was_closed_says_so(connect: MakeClient, server: EtcdClus
             call()
 
 
+def test_a_client_that_was_closed_before_it_is_handed_in_says_so(connect: MakeClient, server: EtcdCluster) -> None:
+    client = connect(server.hosts[0])
+    client.channel.close()
+    with pytest.raises(StoreError, match="the etcd client that was handed in cannot be used"):
+        here(adopt_store(client, namespace="shop"))
+
+
 def test_where_nothing_listens_it_says_so_by_the_deadline(connect: MakeClient) -> None:
     host = closed_port()
     store = adopt_store(connect(host), namespace="shop")

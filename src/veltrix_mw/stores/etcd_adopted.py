@@ -122,6 +122,9 @@ class Adopted:
 def _target(channel: Any) -> Host:
     """Where it goes, as far as gRPC tells; for messages alone."""
     try:
+        channel._channel.check_connectivity_state(
+            False
+        )  # raises where it was closed: asked then, gRPC ends the process
         target = channel._channel.target()
         host, _, port = target.decode().rpartition("/")[2].rpartition(":")
         return host.strip("[]"), int(port)

@@ -218,12 +218,13 @@ def ask(channel: grpc.Channel, name: str, body: bytes, metadata: Metadata, *, be
         return asked(body, timeout=timeout_s, metadata=metadata)
     # A stream's head can be waited for, and comes as soon as the answer begins, however long that is.
     streamed: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(name)
-    answering = streamed(body, timeout=timeout_s, metadata=metadata)
+    answering: Any = streamed(body, timeout=timeout_s, metadata=metadata)  # what its type says, interceptors need not
     if not isinstance(answering, grpc.Call):
         # An interceptor's generator, as OpenTelemetry's is: it tells of no head, and cannot be given up. So the answer
         # has all its time, and a late one is told that much later. It is read to its end, not asked for again by
         # another kind of call: it may be a write, and under way.
         return b"".join(answering)
+    pieces: Any = answering
     giving_up = threading.Timer(max(0.001, begun_by_s - now_s), answering.cancel)
     giving_up.daemon = True
     giving_up.start()
@@ -231,7 +232,7 @@ def ask(channel: grpc.Channel, name: str, body: bytes, metadata: Metadata, *, be
         answering.initial_metadata()
     finally:
         giving_up.cancel()
-    return b"".join(answering)
+    return b"".join(pieces)
 
 
 class Lent(Protocol):
@@ -291,7 +292,7 @@ class GrpcStream:
         self._host = host
         streamed: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.lent.stream_stream(_WATCH)
         asked = iter([encode(WatchAsked(create)) for create in creates])
-        self._call = streamed(asked, timeout=most_s, metadata=metadata)
+        self._call: Any = streamed(asked, timeout=most_s, metadata=metadata)
         # Protects the three below; notified when one of them changes.
         self._changed = threading.Condition()
         self._waiting: deque[bytes] = deque()
