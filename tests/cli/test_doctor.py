@@ -484,7 +484,7 @@ def test_what_a_user_of_etcd_may_write(shell: Shell, guarded: EtcdCluster) -> No
     report = examined(shell)
     assert report.answer.code == 0
     assert report.state("authority", "write") == "warn"
-    assert "user 'worker' may read and not write 'shop/'" in report.text("authority", "write")
+    assert "user 'worker' may not write 'shop/'" in report.text("authority", "write")
     assert guarded.revision() == before
 
 
@@ -498,14 +498,20 @@ def test_a_redis_user_that_only_reads(shell: Shell, put: Put, redis: RedisServer
         report = examined(shell, "--mirror", mirror_url(redis, login="worker:pw@"))
         assert report.answer.code == 0
         assert report.warned == [("mirror", "write")]
-        assert "user 'worker' may read and not write: right for a worker, not for a relay" in report.text(
-            "mirror", "write"
-        )
+        assert "user 'worker' may not write: right for a worker, not for a relay" in report.text("mirror", "write")
         assert report.checks["mirror", "version"][0] == "not made"
         assert "redis-cli INFO server" in report.text("mirror", "version")
         assert "not for this user to know" in report.text("mirror", "stream")
     report = examined(shell, "--mirror", mirror_url(redis, login="worker:pw@"))
     assert "this user may not write it" in report.text("mirror", "relay")
+
+
+def test_a_redis_whose_writes_wait_for_replicas(shell: Shell, redis: RedisServer) -> None:
+    shell.store = f"{redis_url(redis)}&wait_replicas=1&wait_timeout_s=0.1"
+    refused(examined(shell), "authority", "write", "0 of the 1 replica that ?wait_replicas= asks for answer")
+    redis.run("ACL", "SETUSER", "hasty", "on", ">pw", "~*", "+@all", "-wait")
+    shell.store = f"{redis_url(redis, login='hasty:pw@')}&wait_replicas=1"
+    refused(examined(shell), "authority", "write", "user 'hasty' may write and not wait for replicas")
 
 
 def test_a_reader_of_a_redis_authority_leaves_unmade_what_info_tells(shell: Shell, redis: RedisServer) -> None:

@@ -202,7 +202,7 @@ class EtcdProbe:
         if not barred:
             return ok("this is permitted (asked by transactions that cannot hold: nothing was written)")
         return warn(
-            f"{self._who} may read and not write {', '.join(map(repr, barred))}: right for a worker. To write, "
+            f"{self._who} may not write {', '.join(map(repr, barred))}: right for a worker. To write, "
             f"{self._grant('readwrite', prefix)}, and {self._bookkept!r} likewise"
         )
 

@@ -42,7 +42,7 @@ from veltrix_mw.stores.redis_layout import (
     stored_of,
     stream_id,
 )
-from veltrix_mw.stores.redis_link import Connection, RedisLink
+from veltrix_mw.stores.redis_link import WAIT_TIMEOUT_S, Connection, RedisLink
 from veltrix_mw.stores.redis_reading import Page, Reader, RedisWatch, Torn, entries_of
 from veltrix_mw.stores.redis_routes import Route, Server
 from veltrix_mw.values import MAX_VALUE_BYTES, MISSING, Missing
@@ -114,7 +114,7 @@ class RedisStore:
         keep_revisions: int = 10_000,
         lazy: Sequence[str] = (),
         wait_replicas: int = 0,
-        wait_timeout_s: float = 1.0,
+        wait_timeout_s: float = WAIT_TIMEOUT_S,
     ) -> None:
         """Name the server, by its host or by how it is found; nothing is opened.
 

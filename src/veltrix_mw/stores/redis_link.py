@@ -37,9 +37,11 @@ from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
 from veltrix_mw.stores.redis_routes import Guided, Question, Route, Server
 from veltrix_mw.stores.tls import Tls, Verdict, verdict_of
 
-__all__ = ["Command", "Connection", "RedisLink"]
+__all__ = ["WAIT_TIMEOUT_S", "Command", "Connection", "RedisLink"]
 
 Command = Sequence["str | bytes | int"]
+
+WAIT_TIMEOUT_S: Final = 1.0  # that a write waits for its replicas, where it is told of none other
 
 _MAX_IDLE: Final = 4  # connections kept for the next call: a follower and a few writers at once
 _FORK_WAIT_S: Final = 1.0  # the locks are held for microseconds

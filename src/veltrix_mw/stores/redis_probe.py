@@ -20,7 +20,7 @@ from veltrix_mw.settings import StoreUrl, plain_scheme, shown
 from veltrix_mw.stores.network_probe import NetworkProbe
 from veltrix_mw.stores.pace import clock_said, paced
 from veltrix_mw.stores.redis_layout import AUTHORITY, META_FIELDS, MIRROR, Meta, Names, meta_of, state_of
-from veltrix_mw.stores.redis_link import Connection, RedisLink
+from veltrix_mw.stores.redis_link import WAIT_TIMEOUT_S, Connection, RedisLink
 from veltrix_mw.stores.redis_routes import route_of
 from veltrix_mw.stores.tiers import STALE_AFTER_S
 from veltrix_mw.stores.tls import Tls
@@ -51,6 +51,8 @@ class RedisProbe:
         self._network = NetworkProbe(
             url.hosts, tls=Tls(*self._files) if url.tls else None, plain=plain_scheme(url.scheme)
         )
+        self._wait_replicas = int(options.get("wait_replicas", 0))
+        self._wait_timeout_s = float(options.get("wait_timeout_s", WAIT_TIMEOUT_S))
         self._opened: dict[int, RedisLink] = {}
         self._not_let_in: NotLetIn | None = None
         self._meta: Meta | None = None
@@ -193,9 +195,27 @@ class RedisProbe:
         except NotPermitted as exc:
             self._may_write = False
             who = "relay" if self._role == "mirror" else "writer"
-            return warn(f"{self._who} may read and not write: right for a worker, not for a {who}: {exc}")
+            return warn(f"{self._who} may not write: right for a worker, not for a {who}: {exc}")
         self._may_write = True
+        if self._wait_replicas and self._role == "authority":
+            return self._wait(by_s)
         return ok("this is permitted (asked by an entry that Redis refuses: nothing was written)")
+
+    def _wait(self, by_s: float) -> Said:
+        """Whether writes are acknowledged, where replicas must have them."""
+        wanted = self._wait_replicas
+        granted_s = min(self._wait_timeout_s, max(0.001, (by_s - time.monotonic()) / 2))
+        try:
+            with self._session(by_s) as connection:
+                found = connection.replicated(wanted, granted_s)
+        except NotPermitted as exc:
+            return fail(f"{self._who} may write and not wait for replicas, so each write is told as failed: {exc}")
+        if found < wanted:
+            return fail(
+                f"{found} of the {counted(wanted, 'replica')} that ?wait_replicas= asks for answer: each write is made "
+                "and then told as failed; bring replicas up, or lower it"
+            )
+        return ok(f"this is permitted, and {counted(found, 'replica')} confirm what is written (nothing was)")
 
     # --- how it is
 

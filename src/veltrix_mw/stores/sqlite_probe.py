@@ -85,7 +85,7 @@ class SqliteProbe:
                 db.execute("BEGIN IMMEDIATE")
                 db.execute("ROLLBACK")
         except AuthFailed as exc:
-            return warn(f"this user may read and not write: {exc}")
+            return warn(f"this user may not write: {exc}")
         return ok("this is permitted (a transaction was begun and undone: nothing was written)")
 
     def _round_trip(self, by_s: float) -> Said:
