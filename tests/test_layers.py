@@ -43,6 +43,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "lazy",
             "unit_reader",
             "fleet",
+            "leases",
         }
     ),
     frozenset(
@@ -74,7 +75,7 @@ PUBLIC: Final = frozenset(
         CORE,
         *(
             f"{CORE}.{name}"
-            for name in ("asgi", "wsgi", "coalesce", "request_layers", "testing", "diagnosis", "words", "cli")
+            for name in ("asgi", "wsgi", "coalesce", "leases", "request_layers", "testing", "diagnosis", "words", "cli")
         ),
     }
 )

@@ -27,7 +27,8 @@ from tests.support.redis_servers import (
 )
 from tests.support.waiting import wait_until
 from tests.test_docs import fences
-from veltrix_mw import AuthFailed, ConfigClient, Delete, Put, StoreError
+from veltrix_mw import AuthFailed, ConfigClient, Delete, LeaseLost, Put, StoreError
+from veltrix_mw.leases import open_lease
 from veltrix_mw.stores.etcd import EtcdStore
 from veltrix_mw.stores.redis_routes import slot_of
 
@@ -225,6 +226,37 @@ def test_a_writer_writes_redis_as_the_authority_and_a_worker_follows_it(redis_us
         with pytest.raises(AuthFailed, match="ACL"):
             worker.put("checkout/max_items", 1)
     assert granted("shop-writer") <= used(redis_users) | granted("shop-worker")
+
+
+# --- leases
+
+
+def test_a_holder_holds_leases_and_reads_no_entry(etcd_users: EtcdCluster, redis_users: RedisServer) -> None:
+    for url in (etcd_url(etcd_users, "holder"), redis_url(redis_users, "holder", query="?namespace=shop")):
+        with open_lease(url, "nightly-report", ttl_s=0.6) as lease:
+            token = lease.token
+            other = open_lease(url, "nightly-report")
+            with pytest.raises(LeaseLost):
+                other.hold(timeout_s=1.0)
+            assert lease.token == token
+        assert other.try_hold()
+        other.close()
+        with ConfigClient(url) as client, pytest.raises(AuthFailed):
+            client.list()
+    assert granted("shop-holder") <= used(redis_users)
+
+
+def test_who_may_hold_no_lease_is_told_what_to_grant(etcd_users: EtcdCluster, redis_users: RedisServer) -> None:
+    with (
+        open_lease(etcd_url(etcd_users, "writer"), "nightly-report"),
+        pytest.raises(AuthFailed, match=r"readwrite '.veltrix/shop/lease:' and '.veltrix/shop/token:'"),
+        open_lease(etcd_url(etcd_users, "worker"), "another"),
+    ):
+        pass
+    for who in ("worker", "writer"):
+        lease = open_lease(redis_url(redis_users, who, query="?namespace=shop"), "nightly-report")
+        with pytest.raises(AuthFailed, match="the ACL of user"), lease:
+            pass
 
 
 # --- Redis of several servers, over TLS

@@ -361,18 +361,24 @@ class LeaseStore(Protocol):
     """A store that keeps leases by name, each with one holder in the fleet."""
 
     def acquire(self, name: str, holder: str, *, ttl_s: float, timeout_s: float) -> tuple[Lease | None, str, float]:
-        """Take the lease if nobody has it. Returns it, or None; who holds it; and in how many seconds it ends.
+        """Take the lease if nobody has it. Returns it, or None; who holds it; and within how many seconds it ends.
 
-        Raises `AuthFailed` where these credentials may not.
+        `holder` stands for one attempt to take it, repeated until an answer comes: what it was given already, where
+        the answer was lost, is its own, under the same token. Raises `AuthFailed` where these credentials may not.
         """
         ...
 
     def renew(self, name: str, lease: Lease, *, ttl_s: float, timeout_s: float) -> None:
-        """Hold it for another `ttl_s`. Raises `LeaseLost` where it ran out, or is another's."""
+        """Hold it for another `ttl_s`, as long as it was taken for. Raises `LeaseLost` where it ran out, or is
+        another's."""
         ...
 
     def release(self, name: str, lease: Lease, *, timeout_s: float) -> None:
         """Give it up, if it is held."""
+        ...
+
+    def close(self) -> None:
+        """As a store's."""
         ...
 
 

@@ -71,7 +71,7 @@ def test_one_holds_it_until_it_gives_it_up_and_the_next_has_a_larger_token(lease
         assert not other.held
         with Lease(leases, "another", holder="other"):
             assert one.held
-        with pytest.raises(LeaseLost, match="another's; try again later"):
+        with pytest.raises(LeaseLost, match=r"'report' is held by one:.*; try again later"):
             other.hold(timeout_s=0.0)
     assert not one.held
     with other:

@@ -427,6 +427,11 @@ if held then
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
     left = tonumber(ARGV[2])
   end
+  local at = string.find(held, ' ', 1, true)
+  if at and string.sub(held, at + 1) == ARGV[1] then -- granted already, and the answer was lost
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
+    return {'ok', string.sub(held, 1, at - 1)}
+  end
   return {'held', held, left}
 end
 -- At least the clock: a Redis that lost the counter must not give out a token that somebody still holds.
