@@ -140,6 +140,19 @@ def test_it_is_not_held_beyond_its_time_by_the_holder_s_own_clock(leases: RedisL
     lease.release()
 
 
+def test_what_ran_out_here_is_not_taken_up_again_under_its_old_token(leases: RedisLeases, server: RedisServer) -> None:
+    clock = Clock()
+    lease = Lease(leases, "report", holder="one", ttl_s=30, clock=clock)
+    lease.hold()
+    token = lease.token
+    clock.now_s += 30
+    assert not lease.try_hold()  # the store has it yet: whoever found it lost must be told from who holds it next
+    server.run("DEL", KEY)
+    assert lease.try_hold()
+    assert lease.token > token
+    lease.release()
+
+
 def test_a_store_that_goes_away_loses_it_in_time_and_says_so(leases: RedisLeases, server: RedisServer) -> None:
     lease = Lease(leases, "report", holder="one", ttl_s=0.6)
     lease.hold()

@@ -142,6 +142,16 @@ def test_a_lease_of_etcd_s_that_was_revoked_is_lost(cluster: EtcdCluster, transp
         leases.renew("report", lease, ttl_s=LONG_S, timeout_s=WITHIN_S)
 
 
+def test_a_key_that_was_written_by_hand_hangs_on_no_lease_and_is_lost(
+    cluster: EtcdCluster, transport: Transport, make: Make
+) -> None:
+    leases = make(transport)
+    lease = taken(leases)
+    cluster.put(LEASE, f"{lease.token} one")
+    with pytest.raises(LeaseLost):
+        leases.renew("report", lease, ttl_s=LONG_S, timeout_s=WITHIN_S)
+
+
 def test_a_renewal_keeps_etcd_s_lease_up(cluster: EtcdCluster, transport: Transport, make: Make) -> None:
     leases = make(transport)
     lease = acquire(leases, ttl_s=2)
