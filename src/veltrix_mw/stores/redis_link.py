@@ -388,6 +388,7 @@ class RedisLink:
                 connection.end_by(deadline_s)
                 yield connection
                 self.check_late(connection, begun_s)
+                self._route.trust()
             finally:
                 self._give_back(connection, epoch)
 
@@ -401,6 +402,7 @@ class RedisLink:
         except BaseException:
             self.shut(connection)
             raise
+        self._route.trust()
         return connection
 
     def look(self, deadline_s: float) -> Host:
