@@ -13,6 +13,7 @@ then the servers were set up anew, and epochs with them.
 from __future__ import annotations
 
 import binascii
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,9 @@ class Guided:
     login: Login | None
     """As whom the guides are asked; None for the user of the server."""
 
+    believed_s: float
+    """When it was begun to ask, monotonic, for the last answer that was believed; since then no guide was."""
+
     def __init__(self, hosts: Sequence[Host], clock: Callable[[], float]) -> None:
         self._named = tuple(hosts)
         self._clock = clock
@@ -108,6 +112,7 @@ class Guided:
         self._ask_at_s = 0.0
         self._is_doubted = False
         self._failing_since_s: float | None = None
+        self.believed_s = -math.inf
 
     def find(self, ask: Ask, deadline_s: float) -> Host:
         """The server; asks where it is not known, or nobody was asked for a while. Raises `StoreError`."""
@@ -116,6 +121,8 @@ class Guided:
             return known.server
         is_look = known is not None and not self._is_doubted
         told = self._answer(ask, min(deadline_s, now_s + _LOOK_S) if is_look else deadline_s, known)
+        if told is not known:
+            self.believed_s = now_s
         self._known = told
         self._ask_at_s = self._clock() + _AGREED_S
         self._is_doubted = False
