@@ -378,8 +378,11 @@ class RedisLink:
             guide.close()
 
     @contextlib.contextmanager
-    def session(self, timeout_s: float) -> Iterator[Connection]:
-        """A connection for one call, which ends by `timeout_s`; the driver's errors come out as the store's."""
+    def session(self, timeout_s: float, *, writes: bool = False) -> Iterator[Connection]:
+        """A connection for one call, which ends by `timeout_s`; the driver's errors come out as the store's.
+
+        `writes`: the caller acknowledges what it writes there.
+        """
         begun_s = time.monotonic()
         deadline_s = begun_s + timeout_s
         with self.translating(timeout_s):
@@ -387,7 +390,8 @@ class RedisLink:
             try:
                 connection.end_by(deadline_s)
                 yield connection
-                self.check_late(connection, begun_s)
+                self.check_late(connection, begun_s, deadline_s, writes=writes)
+                self._route.trust()
             finally:
                 self._give_back(connection, epoch)
 
@@ -397,10 +401,11 @@ class RedisLink:
         begun_s = time.monotonic()
         connection = self._opened_to(self.look(deadline_s), deadline_s)
         try:
-            self.check_late(connection, begun_s)
+            self.check_late(connection, begun_s, deadline_s)
         except BaseException:
             self.shut(connection)
             raise
+        self._route.trust()
         return connection
 
     def look(self, deadline_s: float) -> Host:
@@ -417,19 +422,29 @@ class RedisLink:
                 connection.shut_down()
         return found
 
-    def check_late(self, connection: Connection, due_s: float) -> None:
+    def check_late(self, connection: Connection, due_s: float, deadline_s: float, *, writes: bool = False) -> None:
         """Raise where an answer came long after it was due, and the server was replaced meanwhile.
 
         One that was stopped and is resumed does not know, and goes on with what it was sent: what it says is of no
-        worth, also that it has written something.
+        worth, also that it has written something. So a write needs a guide that says, by `deadline_s`, that it was not.
         """
-        if isinstance(self._route, Guided) and time.monotonic() - due_s > _LATE_S:
-            self._route.ask_again()
-            self.look(time.monotonic() + _LATE_S)
-            if connection.host != self._current:
-                raise StoreUnavailable(
-                    f"{self.url} took over while another server was asked, whose answer does not count; try again"
-                )
+        asked_s = time.monotonic()
+        route = self._route
+        if not isinstance(route, Guided) or asked_s - due_s <= _LATE_S:
+            return
+        route.ask_again()
+        self.look(min(deadline_s, asked_s + _LATE_S))
+        fate = "it may be lost, and its fate is unknown: read again before you write again"
+        if connection.host != self._current:
+            if writes:
+                raise StoreUnavailable(f"{self.url} took over while another server made the write: {fate}")
+            raise StoreUnavailable(
+                f"{self.url} took over while another server was asked, whose answer does not count; try again"
+            )
+        if writes and route.believed_s < asked_s:
+            raise StoreUnavailable(
+                f"{self.url} answered a write late, and nobody says in time that it was not replaced meanwhile: {fate}"
+            )
 
     def _opened_to(self, server: Host, deadline_s: float) -> Connection:
         channel = self._connected(server, deadline_s)

@@ -408,9 +408,10 @@ class RedisWatch:
         block_ms = int(block_s * 1000)
         waits = ("BLOCK", block_ms) if block_ms > 0 else ()  # 0 would wait for ever
         due_s = time.monotonic() + max(0.0, block_s)
-        connection.end_by(due_s + self._patience_s + _OVERTIME_S, patience_s=max(0.0, block_s) + self._patience_s)
+        ends_s = due_s + self._patience_s + _OVERTIME_S
+        connection.end_by(ends_s, patience_s=max(0.0, block_s) + self._patience_s)
         reply = connection.execute(*self._command(*waits))
-        self._reader.link.check_late(connection, due_s)
+        self._reader.link.check_late(connection, due_s, ends_s)
         return self._taken(reply)
 
     def _look(self, connection: Connection) -> Sequence[Batch]:
