@@ -24,6 +24,7 @@ from veltrix_mw.errors import (
     SettingsError,
     StaleRead,
     StoreError,
+    StoreNotFound,
     StoreUnavailable,
     VeltrixError,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "StoreError",
     "StoreUnavailable",
     "NeverWritten",
+    "StoreNotFound",
     "Compacted",
     "AuthFailed",
     "Overloaded",

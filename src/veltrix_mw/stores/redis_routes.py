@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from random import SystemRandom
 from typing import Any, Final
 
-from veltrix_mw.errors import StoreError, StoreUnavailable
+from veltrix_mw.errors import StoreError, StoreNotFound, StoreUnavailable
 from veltrix_mw.settings import Host, StoreUrl, shown
 from veltrix_mw.stores.redis_layout import Names
 
@@ -183,7 +183,7 @@ class Guided:
         fault = next((each for each in failures if not isinstance(each, StoreUnavailable)), failures[-1])
         if not isinstance(fault, StoreUnavailable):
             raise fault
-        raise StoreUnavailable(f"{self._nobody}: {fault}") from fault
+        raise StoreNotFound(f"{self._nobody}: {fault}") from fault
 
     def _set_up_anew(self, named: Sequence[_Told]) -> _Told | None:
         """What most of the named agree on, where the server has failed for long; None where they do not.
