@@ -84,8 +84,9 @@ def as_user(server: RedisServer, user: str, password: str) -> redis.Redis:
 
 def granted(user: str) -> set[str]:
     """The commands that the page grants a user of Redis."""
-    (command,) = (words for words in commands("redis-cli") if user in words)
-    return {word[1:] for word in command if re.fullmatch(r"\+[a-z]+", word)}
+    words = [word for command in commands("redis-cli") if user in command for word in command]
+    assert words
+    return {word[1:] for word in words if re.fullmatch(r"\+[a-z]+", word)}
 
 
 def used(server: RedisServer) -> set[str]:
@@ -149,11 +150,11 @@ def test_a_relay_feeds_the_mirror_and_a_worker_follows_it_and_each_command_is_ne
     def clients(who: str, **options: Any) -> ConfigClient:
         # So few bytes that the relay drops what it wrote before, for which it needs a command more.
         mirror = redis_url(redis_users, who, query="?keep_bytes=1")
-        return ConfigClient(etcd_url(etcd_users, who), mirror=mirror, **options)
+        return ConfigClient(etcd_url(etcd_users, who), mirror=mirror, lazy=("tenants/",), **options)
 
     # The worker stands for election too, in vain.
     with ConfigClient(etcd_url(etcd_users, "writer")) as writer, clients("worker") as worker:
-        writer.write([Put("checkout/max_items", 50), Put("checkout/title", "Sale")])
+        writer.write([Put("checkout/max_items", 50), Put("checkout/title", "Sale"), Put("tenants/acme/name", "Acme")])
         wait_until(lambda: "nobody may write" in worker.status().relay_missing, WAIT_S, reason="the worker is barred")
         worker.wait_ready(timeout_s=WAIT_S)
         assert worker.status().origin == "etcd"
@@ -165,6 +166,9 @@ def test_a_relay_feeds_the_mirror_and_a_worker_follows_it_and_each_command_is_ne
             worker.wait_for(writer.delete("checkout/title"), timeout_s=WAIT_S)
             assert dict(worker.snapshot) == {"checkout/max_items": 80}
             assert worker.snapshot.origin == "redis"
+            assert worker.view().fetch("tenants/acme/name") == "Acme"
+            assert worker._views.reader is not None
+            assert worker._views.reader.units_read == {"mirror": 1, "authority": 0, "wanted": 1}
             with clients("worker", relay="never") as late:
                 late.wait_ready(timeout_s=WAIT_S)
                 assert late.snapshot.origin == "redis"

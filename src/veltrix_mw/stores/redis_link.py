@@ -162,6 +162,7 @@ class Connection:
         self._last = channel  # what was exchanged last
         self.pid = os.getpid()
         self.is_sound = True  # no reply is outstanding
+        self.was_sent_on = False  # whether of what was sent last some was answered later, by another node
 
     @property
     def host(self) -> Host:
@@ -180,7 +181,7 @@ class Connection:
 
     def pipeline(self, commands: Sequence[Command]) -> list[Any]:
         """The replies to several commands, sent together; raises the first error among them, once all were read."""
-        self.is_sound = False
+        self.is_sound = self.was_sent_on = False
         self._last = self._channel
         replies = self._channel.exchange(commands)
         if self._onward is not None:
@@ -201,12 +202,12 @@ class Connection:
         return reply
 
     def run_each(
-        self, script: Script, keys: Sequence[str], arguments: Sequence[Sequence[str | bytes | int]]
+        self, script: Script, given: Sequence[tuple[Sequence[str], Sequence[str | bytes | int]]]
     ) -> list[list[Any]]:
-        """What the script returns for each of `arguments`, all sent together."""
+        """What the script returns for each of these keys and arguments, all sent together."""
         commands: list[Command] = [
-            ("EVALSHA" if at else "EVAL", script.sha if at else script.text, len(keys), *keys, *given)
-            for at, given in enumerate(arguments)
+            ("EVALSHA" if at else "EVAL", script.sha if at else script.text, len(keys), *keys, *arguments)
+            for at, (keys, arguments) in enumerate(given)
         ]
         return self.pipeline(commands)
 
@@ -238,6 +239,7 @@ class Connection:
             refused = [at for at, reply in enumerate(replies) if isinstance(reply, errors.AskError)]
             if not refused:
                 return
+            self.was_sent_on = True
             told = next(
                 (replies[at] for at in refused if isinstance(replies[at], errors.MovedError)), replies[refused[0]]
             )
