@@ -1,7 +1,7 @@
 """Runs the contract of stores on every store that has a harness, and writes what came of it to docs/contract.md.
 
 Usage: python -m scripts.contract_table            run, then write the page; exits 1 and writes nothing where one fails
-       python -m scripts.contract_table --check    run nothing: exits 1 where the page has other rows than there are
+       python -m scripts.contract_table --check    run nothing: exits 1 where the page has other words or rows
 
 A row is a test class of tests/stores that derives from a contract: in each module that has it, and where its harness
 has variants, with each of them. A column is a contract: a class whose name ends in `Contract`. A test that a contract
@@ -83,20 +83,25 @@ class Table:
         self._of[item.nodeid] = store, contract.__name__
         return True
 
-    def page(self) -> str:
-        """The page, as Markdown."""
-        width = max(map(len, self.rows))
+    def head(self) -> str:
+        """What the page begins with, up to its rows: all that takes no run."""
         lines = [
             *(f"- `{name}`: {words}" for name, words in self.contracts.items()),
             "",
             f"| store | {' | '.join(f'`{name}`' for name in self.contracts)} | skipped |",
             f"|---|{'---|' * (len(self.contracts) + 1)}",
         ]
+        return f"{_HEAD}{chr(10).join(lines)}\n"
+
+    def page(self) -> str:
+        """The page, as Markdown."""
+        width = max(map(len, self.rows))
+        lines = list[str]()
         for store, row in sorted(self.rows.items()):
             counts = " | ".join(str(row.counts[contract]) for contract in self.contracts)
             skipped = "; ".join(f"{number}: {reason}" for reason, number in sorted(row.skipped.items()))
             lines.append(f"| {store:<{width}} | {counts} | {skipped} |")
-        return f"{_HEAD}{chr(10).join(lines)}\n\nRun with {', '.join(_versions())}.\n"
+        return f"{self.head()}{chr(10).join(lines)}\n\nRun with {', '.join(_versions())}.\n"
 
 
 def _store(item: pytest.Function) -> str:
@@ -120,9 +125,14 @@ def _versions() -> Iterator[str]:
 
 
 def differences(page: str, table: Table) -> list[str]:
-    """The rows that the page lacks, and those that it has of harnesses that are gone."""
+    """The words and rows that the page lacks, and the rows that it has of harnesses that are gone."""
+    head = table.head()
+    told = page[: len(head)].splitlines()
+    stale = [f"the page lacks the words {line!r}" for line in head.splitlines() if line and line not in told]
+    if not (stale or page.startswith(head)):
+        stale = ["the page begins with other words"]
     said, there = set(_ROW.findall(page)), table.rows.keys()
-    lacking = [f"the page lacks the row {store!r}" for store in sorted(there - said)]
+    lacking = stale + [f"the page lacks the row {store!r}" for store in sorted(there - said)]
     return lacking + [f"the page has a row {store!r}, and no harness is that" for store in sorted(said - there)]
 
 

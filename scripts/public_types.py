@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, Final
 
 PUBLIC: Final = {
-    "veltrix_mw": ("veltrix_mw", "veltrix_mw.asgi", "veltrix_mw.wsgi", "veltrix_mw.testing"),
+    "veltrix_mw": (
+        "veltrix_mw",
+        "veltrix_mw.asgi",
+        "veltrix_mw.wsgi",
+        "veltrix_mw.coalesce",
+        "veltrix_mw.leases",
+        "veltrix_mw.testing",
+    ),
     "flask_veltrix": ("flask_veltrix",),
     "django_veltrix": ("django_veltrix",),
     "starlette_veltrix": ("starlette_veltrix",),

@@ -644,12 +644,13 @@ def test_a_forked_child_waits_for_its_own_first_list(url: str) -> None:
     client = ConfigClient(url, start_timeout_s=0.01)
     with client.pinned() as view, pytest.raises(NotReady):
         view["first"]
-    other = ConfigClient(url)
-    other.put("first", 1)
-    other.close()
     client.start_timeout_s = 20  # enough for a slow machine; the parent's own time is over
 
     def in_the_child() -> Any:
+        # Written here: what the parent's follower finds between a write and the fork, the child would begin with.
+        other = ConfigClient(url)
+        other.put("first", 1)
+        other.close()
         with client.pinned() as view:
             return view["first"]
 

@@ -84,13 +84,27 @@ def test_what_ran_is_counted_by_store_and_contract(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "said"),
     [
-        ("| etcd  | 3 | 1 |  |", []),
-        ("| etcd  | 3 | 0 | 1: no server |", []),
+        ("| etcd  | 3 |  |", []),
+        ("| etcd  | 2 | 1: no server |", []),
         ("", ["the page lacks the row 'etcd'"]),
-        ("| etcd | 4 | 0 |  |\n| gone | 1 | 0 |  |", ["the page has a row 'gone', and no harness is that"]),
+        ("| etcd | 4 |  |\n| gone | 1 |  |", ["the page has a row 'gone', and no harness is that"]),
     ],
 )
 def test_a_page_with_other_rows_is_told(page: str, said: list[str]) -> None:
     table = Table()
     table.rows["etcd"] = Row()
-    assert differences(page, table) == said
+    table.contracts["ThingContract"] = "What holds for every thing."
+    assert differences(table.head() + page, table) == said
+
+
+def test_a_page_with_other_words_is_told() -> None:
+    table = Table()
+    table.contracts["ThingContract"] = "What holds for every thing."
+    page = table.head()
+    table.contracts["ThingContract"] = "What holds for each thing."
+    assert differences(page, table) == ["the page lacks the words '- `ThingContract`: What holds for each thing.'"]
+    assert differences("# Another page\n" + table.head(), table) != []
+    table.contracts["SharedContract"] = "What holds beside it."
+    assert "SharedContract" in "".join(differences(page, table))
+    table = Table()
+    assert differences(f"{table.head()[:40]}, more{table.head()[40:]}", table) != []

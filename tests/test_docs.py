@@ -546,6 +546,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         "veltrix_mw.asgi",
         "veltrix_mw.wsgi",
         "veltrix_mw.coalesce",
+        "veltrix_mw.leases",
         "veltrix_mw.testing",
         "flask_veltrix",
         "django_veltrix",

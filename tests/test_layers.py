@@ -40,9 +40,12 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "relay",
             "relay_report",
             "relay_thread",
+            "last_changes",
             "lazy",
+            "unit_filler",
             "unit_reader",
             "fleet",
+            "leases",
         }
     ),
     frozenset(
@@ -77,7 +80,7 @@ PUBLIC: Final = frozenset(
         CORE,
         *(
             f"{CORE}.{name}"
-            for name in ("asgi", "wsgi", "coalesce", "request_layers", "testing", "diagnosis", "words", "cli")
+            for name in ("asgi", "wsgi", "coalesce", "leases", "request_layers", "testing", "diagnosis", "words", "cli")
         ),
     }
 )

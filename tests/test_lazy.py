@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from veltrix_mw.errors import HeldBack
 from veltrix_mw.lazy import LazyUnits, Reading, Unit
-from veltrix_mw.protocols import Position, RawChange, RawUnit
+from veltrix_mw.protocols import MirroredUnit, Position, RawChange, RawUnit
 from veltrix_mw.replica import Publication
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.stores.units import MAX_UNIT_BYTES
@@ -48,9 +48,6 @@ class Kept:
     def clear(self) -> None:
         self.units.clear()
 
-    def names(self) -> Sequence[str]:
-        return list(self.units)
-
 
 class Rig:
     """Lazy units, and a store's history beside them: what each revision left of each key."""
@@ -76,21 +73,19 @@ class Rig:
         self.history.append(state)
         return revision
 
-    def follow(self, *, listing: bool = False, left_out: tuple[str, ...] = ()) -> Snapshot:
+    def follow(self, *, listing: bool = False) -> Snapshot:
         """Take all that was written since, in one publication; returns what views are pinned to from then on."""
         told = []
         for revision in range(self.followed + 1, len(self.history)):
             before, after = self.history[revision - 1], self.history[revision]
             changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
             changes = [RawChange(key, after[key][0] if key in after else MISSING) for key in changed]
-            told.append((revision, tuple(change for change in changes if not change.key.startswith(left_out))))
+            told.append((revision, tuple(changes)))
         self.followed = len(self.history) - 1
         self.pinned = Snapshot(revision=self.followed, incarnation=self.incarnation, origin="memory")
         position = Position(self.incarnation, self.followed)
         changed_keys = None if listing else frozenset[str]()
-        self.units.take(
-            Publication(self.pinned, changed_keys, (), position, lazy_changes=tuple(told), left_out=left_out)
-        )
+        self.units.take(Publication(self.pinned, changed_keys, (), position, lazy_changes=tuple(told)))
         return self.pinned
 
     def begin(self, *names: str) -> Reading:
@@ -98,17 +93,27 @@ class Rig:
         assert reading is not None
         return reading
 
-    def land(self, reading: Reading) -> dict[str, Unit]:
-        state = self.history[reading.position.revision]
-        return self.units.land(
-            reading,
-            {
-                name: RawUnit(
-                    tuple((k, *entry) for k, entry in sorted(state.items()) if k == name or k.startswith(f"{name}/"))
-                )
-                for name in reading.awaited
-            },
+    def raw(self, name: str, revision: int) -> RawUnit:
+        state = self.history[revision]
+        return RawUnit(
+            tuple((k, *entry) for k, entry in sorted(state.items()) if k == name or k.startswith(f"{name}/"))
         )
+
+    def land(self, reading: Reading) -> dict[str, Unit]:
+        return self.units.land(reading, {name: self.raw(name, reading.position.revision) for name in reading.awaited})
+
+    def land_from_a_mirror(self, reading: Reading, data: st.DataObject) -> dict[str, Unit]:
+        """As of whatever revisions up to what was followed, each unchanged since some that is right."""
+        units = {}
+        for name in reading.awaited:
+            revision = data.draw(st.integers(reading.position.revision, self.followed))
+            raw, changed = self.raw(name, revision), revision
+            while changed and self.raw(name, changed - 1) == raw:
+                changed -= 1
+            units[name] = MirroredUnit(raw, revision, data.draw(st.integers(changed, revision)))
+        landed = self.units.land_mirrored(reading, units)
+        self.units.end(reading)
+        return landed
 
     def load(self, *names: str) -> dict[str, Unit]:
         return self.land(self.begin(*names))
@@ -197,7 +202,7 @@ def test_of_times_before_a_list_nothing_is_known(rig: Rig) -> None:
 
 
 def test_what_is_known_of_the_last_changes_is_bounded(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("veltrix_mw.lazy._RECENT", 2)
+    monkeypatch.setattr("veltrix_mw.last_changes._MOST", 2)
     rig.write(a=b"1")
     first = rig.follow()
     rig.write(a=b"2")
@@ -240,22 +245,57 @@ def test_a_list_and_another_history_let_go_of_everything_and_of_what_is_on_its_w
     assert held(rig, second) == {"a": 2}
 
 
-def test_what_a_mirror_left_out_ends_what_is_held_there(rig: Rig) -> None:
+def test_a_unit_of_a_mirror_is_as_of_a_later_revision_and_takes_what_came_after_it(rig: Rig) -> None:
     rig.write(a=b"1")
-    rig.write_keys({"users/1": b"1"})
     first = rig.follow()
-    rig.load(ACME, "users/1")
-    reading = rig.begin(BETA)
+    reading = rig.begin(ACME)
+    rig.write(b=b"2")
+    rig.write_keys({f"{BETA}/x": b"1"})
+    third = rig.follow()
+    rig.write(a=b"4")
+    fourth = rig.follow()
+    assert rig.units.has_reached(4)
+    assert not rig.units.has_reached(5)
+    raw = rig.raw(ACME, 3)
+    # The mirror knows no more than that it did not change after revision 3; the changes that came tell that it was 2.
+    unit = rig.units.land_mirrored(reading, {ACME: MirroredUnit(raw, 3, 3)})[ACME]
+    rig.units.end(reading)
+    second = Snapshot(revision=2, incarnation="one", origin="memory")
+    assert [read(unit, view) for view in (first, second, third, fourth)] == [
+        None,
+        {"a": 1, "b": 2},
+        {"a": 1, "b": 2},
+        {"a": 4, "b": 2},
+    ]
+    assert held(rig, fourth) == {"a": 4, "b": 2}
+
+
+def test_a_mirror_may_know_better_since_when_a_unit_is_unchanged(rig: Rig) -> None:
+    rig.write(a=b"1")
+    first = rig.follow()
+    rig.write_keys({f"{BETA}/x": b"1"})
+    second = rig.follow(listing=True)
+    reading = rig.begin(ACME)
+    unit = rig.units.land_mirrored(reading, {ACME: MirroredUnit(rig.raw(ACME, 2), 2, 1)})[ACME]
+    assert (read(unit, first), read(unit, second)) == ({"a": 1}, {"a": 1})
+
+
+def test_the_kept_part_of_a_reading_goes_on_when_the_rest_ends(rig: Rig) -> None:
+    rig.write(a=b"1")
+    rig.follow()
+    whole = rig.begin(ACME, BETA)
+    kept = rig.units.keep(whole, [ACME])
+    rig.units.end(whole)
     rig.write(a=b"2")
-    second = rig.follow(left_out=("tenants/",))
-    assert held(rig, second) is None
-    assert held(rig, second, "users/1") == {"1": 1}
-    unit = rig.land(reading)[BETA]
-    assert (read(unit, first), read(unit, second)) == ({}, None)
-    assert held(rig, second, BETA) is None
-    # What is read from here on says nothing of the revision before.
-    unit = rig.load(ACME)[ACME]
-    assert (read(unit, first), read(unit, second)) == (None, {"a": 2})
+    second = rig.follow()
+    rig.units.land_mirrored(kept, {ACME: MirroredUnit(rig.raw(ACME, 1), 1, 1)})
+    rig.units.end(kept)
+    assert held(rig, second) == {"a": 2}
+    rig.follow(listing=True)
+    gone = rig.units.keep(kept, [ACME])
+    unit = rig.units.land_mirrored(gone, {ACME: MirroredUnit(rig.raw(ACME, 2), 2, 2)})[ACME]
+    assert read(unit, second) == {"a": 2}
+    assert held(rig, second) is None, "a list may have passed over changes"
 
 
 def test_a_view_of_another_history_reads_nothing_of_it(rig: Rig) -> None:
@@ -388,21 +428,23 @@ def test_whatever_comes_in_which_order_a_view_reads_its_own_revision_or_nothing(
         elif action == "follow":
             views.append(rig.follow())
         elif action == "rare":
-            how = data.draw(st.sampled_from(["list", "left out", "another history", "fork"]))
+            how = data.draw(st.sampled_from(["list", "another history", "fork"]))
             if how == "another history":
                 rig.incarnation = f"of step {step}"
             if how == "fork":
                 rig.units.after_fork()
             else:
-                left_out = ("tenants/",) if how == "left out" else ()
-                views.append(rig.follow(listing=how == "list", left_out=left_out))
+                views.append(rig.follow(listing=how == "list"))
         elif action == "begin":
             flying.append(rig.begin(*data.draw(st.sets(st.sampled_from(_UNITS), min_size=1))))
         elif action == "evict":
             rig.cache.discard(data.draw(st.sampled_from(_UNITS)))
         elif flying:
             reading = flying.pop(data.draw(st.integers(0, len(flying) - 1)))
-            landed += rig.land(reading).items()
+            if reading.incarnation != rig.incarnation or data.draw(st.booleans()):
+                landed += rig.land(reading).items()
+            else:
+                landed += rig.land_from_a_mirror(reading, data).items()
         for view in views:
             is_of_now = view.incarnation == rig.incarnation
             for name in _UNITS:

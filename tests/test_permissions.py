@@ -27,7 +27,8 @@ from tests.support.redis_servers import (
 )
 from tests.support.waiting import wait_until
 from tests.test_docs import fences
-from veltrix_mw import AuthFailed, ConfigClient, Delete, Put, StoreError
+from veltrix_mw import AuthFailed, ConfigClient, Delete, LeaseLost, Put, StoreError
+from veltrix_mw.leases import open_lease
 from veltrix_mw.stores.etcd import EtcdStore
 from veltrix_mw.stores.redis_routes import slot_of
 
@@ -83,8 +84,9 @@ def as_user(server: RedisServer, user: str, password: str) -> redis.Redis:
 
 def granted(user: str) -> set[str]:
     """The commands that the page grants a user of Redis."""
-    (command,) = (words for words in commands("redis-cli") if user in words)
-    return {word[1:] for word in command if re.fullmatch(r"\+[a-z]+", word)}
+    words = [word for command in commands("redis-cli") if user in command for word in command]
+    assert words
+    return {word[1:] for word in words if re.fullmatch(r"\+[a-z]+", word)}
 
 
 def used(server: RedisServer) -> set[str]:
@@ -148,11 +150,11 @@ def test_a_relay_feeds_the_mirror_and_a_worker_follows_it_and_each_command_is_ne
     def clients(who: str, **options: Any) -> ConfigClient:
         # So few bytes that the relay drops what it wrote before, for which it needs a command more.
         mirror = redis_url(redis_users, who, query="?keep_bytes=1")
-        return ConfigClient(etcd_url(etcd_users, who), mirror=mirror, **options)
+        return ConfigClient(etcd_url(etcd_users, who), mirror=mirror, lazy=("tenants/",), **options)
 
     # The worker stands for election too, in vain.
     with ConfigClient(etcd_url(etcd_users, "writer")) as writer, clients("worker") as worker:
-        writer.write([Put("checkout/max_items", 50), Put("checkout/title", "Sale")])
+        writer.write([Put("checkout/max_items", 50), Put("checkout/title", "Sale"), Put("tenants/acme/name", "Acme")])
         wait_until(lambda: "nobody may write" in worker.status().relay_missing, WAIT_S, reason="the worker is barred")
         worker.wait_ready(timeout_s=WAIT_S)
         assert worker.status().origin == "etcd"
@@ -164,6 +166,9 @@ def test_a_relay_feeds_the_mirror_and_a_worker_follows_it_and_each_command_is_ne
             worker.wait_for(writer.delete("checkout/title"), timeout_s=WAIT_S)
             assert dict(worker.snapshot) == {"checkout/max_items": 80}
             assert worker.snapshot.origin == "redis"
+            assert worker.view().fetch("tenants/acme/name") == "Acme"
+            assert worker._views.reader is not None
+            assert worker._views.reader.units_read == {"mirror": 1, "authority": 0, "wanted": 1}
             with clients("worker", relay="never") as late:
                 late.wait_ready(timeout_s=WAIT_S)
                 assert late.snapshot.origin == "redis"
@@ -225,6 +230,37 @@ def test_a_writer_writes_redis_as_the_authority_and_a_worker_follows_it(redis_us
         with pytest.raises(AuthFailed, match="ACL"):
             worker.put("checkout/max_items", 1)
     assert granted("shop-writer") <= used(redis_users) | granted("shop-worker")
+
+
+# --- leases
+
+
+def test_a_holder_holds_leases_and_reads_no_entry(etcd_users: EtcdCluster, redis_users: RedisServer) -> None:
+    for url in (etcd_url(etcd_users, "holder"), redis_url(redis_users, "holder", query="?namespace=shop")):
+        with open_lease(url, "nightly-report", ttl_s=0.6) as lease:
+            token = lease.token
+            other = open_lease(url, "nightly-report")
+            with pytest.raises(LeaseLost):
+                other.hold(timeout_s=1.0)
+            assert lease.token == token
+        assert other.try_hold()
+        other.close()
+        with ConfigClient(url) as client, pytest.raises(AuthFailed):
+            client.list()
+    assert granted("shop-holder") <= used(redis_users)
+
+
+def test_who_may_hold_no_lease_is_told_what_to_grant(etcd_users: EtcdCluster, redis_users: RedisServer) -> None:
+    with (
+        open_lease(etcd_url(etcd_users, "writer"), "nightly-report"),
+        pytest.raises(AuthFailed, match=r"readwrite '.veltrix/shop/lease:' and '.veltrix/shop/token:'"),
+        open_lease(etcd_url(etcd_users, "worker"), "another"),
+    ):
+        pass
+    for who in ("worker", "writer"):
+        lease = open_lease(redis_url(redis_users, who, query="?namespace=shop"), "nightly-report")
+        with pytest.raises(AuthFailed, match="the ACL of user"), lease:
+            pass
 
 
 # --- Redis of several servers, over TLS

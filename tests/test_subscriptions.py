@@ -128,6 +128,8 @@ def test_a_callback_hears_of_changes_below_its_prefix_alone() -> None:
     told.add("", everything, EMPTY)
     first = snapshot({"pay/a": (1, 1), "pay": (1, 1), "payload": (1, 1)}, 1)
     told.offer(first, frozenset({"pay/a", "pay", "payload"}))
+    # Both: one whose thread has not run by the third change would rightly hear of nothing, as its key came and went.
+    heard.wait_for_calls(1)
     everything.wait_for_calls(1)
     second = snapshot({"pay/a": (1, 1)}, 2)
     told.offer(second, frozenset({"pay", "payload"}))

@@ -20,17 +20,29 @@ __all__ = ["group"]
     short_help="Read and change the app's configuration.",
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@with_appcontext
 def group(arguments: tuple[str, ...]) -> None:
     """Run a command of `veltrix` on the store that the app reads.
 
     `--url`, `--mirror`, `--namespace` and `--lazy` name others.
     """
+    from flask_veltrix.settings import MissingUrl
+    from veltrix_mw import SettingsError
+    from veltrix_mw.cli import main  # says what to install if its extra is missing
+
+    try:
+        store = _filled_in()
+    except MissingUrl:
+        store = []  # the CLI says how to name one
+    except SettingsError as exc:
+        raise click.UsageError(str(exc)) from exc
+    main([*store, *arguments], prog_name="flask veltrix")
+
+
+@with_appcontext
+def _filled_in() -> list[str]:
+    """The options that name the app's store. Raises what the app does where it cannot be made."""
     pins = current_app.extensions.get("veltrix")
     if pins is None:
         raise click.UsageError(f"the app {current_app.name!r} has no Veltrix: call Veltrix(app) where it is made")
-    from veltrix_mw.cli import main  # says what to install if its extra is missing
-
     store = ["--url", pins.url, "--mirror", pins.mirror, "--namespace", pins.client.namespace]
-    lazy = [part for prefix in pins.client.lazy for part in ("--lazy", prefix)]
-    main([*store, *lazy, *arguments], prog_name="flask veltrix")
+    return [*store, *(part for prefix in pins.client.lazy for part in ("--lazy", prefix))]

@@ -18,7 +18,7 @@ from flask import Flask
 
 from veltrix_mw import ConfigClient, SettingsError
 
-__all__ = ["CLIENT_SETTINGS", "Chosen", "chosen_client"]
+__all__ = ["CLIENT_SETTINGS", "Chosen", "MissingUrl", "chosen_client"]
 
 CLIENT_SETTINGS: Final[Mapping[str, str]] = {
     "VELTRIX_URL": "url",
@@ -42,6 +42,10 @@ CLIENT_SETTINGS: Final[Mapping[str, str]] = {
 _REVISION_HEADER: Final = "VELTRIX_REVISION_HEADER"
 
 _log = logging.getLogger("flask_veltrix")
+
+
+class MissingUrl(SettingsError):
+    """No store is named, and debug mode is off. Name one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ def _check_name(name: str) -> None:
 def _fallback(app: Flask) -> str:
     """The file of debug mode, in the app's own folder: it exists and it is where its developer looks."""
     if not app.debug:
-        raise SettingsError(
+        raise MissingUrl(
             f"no config store is named for the app {app.name!r}: "
             'write app.config["VELTRIX_URL"] = "sqlite:////srv/shop/config.db" (embedded: a file, no server) '
             "or set $VELTRIX_URL; without either it runs in debug mode only (flask --debug run)"

@@ -24,6 +24,7 @@ from veltrix_mw.errors import (
     SettingsError,
     StaleRead,
     StoreError,
+    StoreNotFound,
     StoreUnavailable,
     VeltrixError,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "StoreError",
     "StoreUnavailable",
     "NeverWritten",
+    "StoreNotFound",
     "Compacted",
     "AuthFailed",
     "Overloaded",

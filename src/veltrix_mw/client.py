@@ -210,6 +210,7 @@ class ConfigClient:
         from veltrix_mw.coalesce.unit_cache import UnitCache
         from veltrix_mw.keys import unit_of
         from veltrix_mw.lazy import LazyUnits
+        from veltrix_mw.stores.mirrored import MirroredStore
         from veltrix_mw.unit_reader import UnitReader
         from veltrix_mw.validation import Schemas
 
@@ -218,7 +219,11 @@ class ConfigClient:
         of_units = {name: model for name, model in schemas.items() if unit_of(name, lazy)}
         views.units = LazyUnits(lazy, Schemas(of_units, defaults=views.defaults), UnitCache(max_bytes=max_bytes))
         views.reader = UnitReader(
-            self._authority, views.units, timeout_s=self.fetch_timeout_s, telemetry=self._telemetry
+            self._authority,
+            views.units,
+            mirrored=self._store if isinstance(self._store, MirroredStore) else None,
+            timeout_s=self.fetch_timeout_s,
+            telemetry=self._telemetry,
         )
 
     # Lifecycle
@@ -601,10 +606,9 @@ class ConfigClient:
             if snapshot.rejected is not before.rejected:
                 known = before.rejected
                 self._stats.rejections += sum(1 for key, why in snapshot.rejected.items() if known.get(key) != why)
-            if self._views.units is not None:
-                self._views.units.take(
-                    publication
-                )  # before: a view of the new revision must find no unit that is older
+            if self._views.reader is not None:
+                # Before: a view of the new revision must find no unit that is older.
+                self._views.reader.follow(publication)
             self._views.publish(snapshot, publication.changed)
             self._published = publication  # after: a client that says it is ready has a view that is
             self._subscriptions.offer(snapshot, publication.changed)

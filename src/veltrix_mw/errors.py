@@ -7,7 +7,8 @@ Owns the error tree and nothing else; knows no store, no framework.
     VeltrixError
     ├── StoreError                  a store said no, or nothing
     │   ├── StoreUnavailable        retry: the store is away or too slow
-    │   │   └── NeverWritten        write: the store is not there yet, and the first write makes it
+    │   │   ├── NeverWritten        write: the store is not there yet, and the first write makes it
+    │   │   └── StoreNotFound       retry: nobody says where the store is; whoever knew it goes on with it
     │   ├── Compacted               list again: the history asked for is gone
     │   ├── AuthFailed              fix it: credentials or permissions
     │   └── Overloaded              retry later: a cap protects the store
@@ -50,6 +51,7 @@ __all__ = [
     "SettingsError",
     "StaleRead",
     "StoreError",
+    "StoreNotFound",
     "StoreUnavailable",
     "VeltrixError",
 ]
@@ -69,6 +71,10 @@ class StoreUnavailable(StoreError):
 
 class NeverWritten(StoreUnavailable):
     """The store is not there yet: nothing was ever written. The first write makes it."""
+
+
+class StoreNotFound(StoreUnavailable):
+    """No sentinel, or no node of a cluster, says where the store is. Retry; whoever knew it before goes on with it."""
 
 
 class Compacted(StoreError):

@@ -1,4 +1,4 @@
-"""What a key, a prefix and a namespace may look like.
+"""What a key, a prefix, a namespace and a lease's name may look like.
 
 Owns the syntax of names; knows nothing of values or stores.
 """
@@ -11,7 +11,16 @@ from typing import Final
 
 from veltrix_mw.errors import InvalidKey, SettingsError
 
-__all__ = ["MAX_KEY_BYTES", "check_key", "check_namespace", "check_prefix", "is_key", "outermost", "unit_of"]
+__all__ = [
+    "MAX_KEY_BYTES",
+    "check_key",
+    "check_lease_name",
+    "check_namespace",
+    "check_prefix",
+    "is_key",
+    "outermost",
+    "unit_of",
+]
 
 MAX_KEY_BYTES: Final = 512
 """The longest key, in bytes of UTF-8 (the alphabet is ASCII, so also in characters)."""
@@ -19,6 +28,7 @@ MAX_KEY_BYTES: Final = 512
 _SEGMENT: Final = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._~:@-]+"
 _KEY: Final = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*\Z")
 _NAMESPACE: Final = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*\Z")
+_LEASE_NAME: Final = re.compile(rf"{_SEGMENT}\Z")
 _SHAPE: Final = "segments of [A-Za-z0-9._~:@-]+ joined by '/', none of them '.' or '..', for example checkout/max_items"
 
 
@@ -81,3 +91,13 @@ def check_namespace(namespace: object) -> str:
     if namespace.split("/", 1)[0] == ".veltrix":
         raise SettingsError("a namespace cannot begin with .veltrix: the library keeps its bookkeeping there")
     return namespace
+
+
+def check_lease_name(name: object) -> str:
+    """Return `name`, or raise `SettingsError`."""
+    if not isinstance(name, str) or len(name) > 128 or _LEASE_NAME.match(name) is None:
+        raise SettingsError(
+            f"{repr(name)[:80]} is not a lease's name: write at most 128 characters of [A-Za-z0-9._~:@-], not '.' or "
+            "'..', for example nightly-report"
+        )
+    return name

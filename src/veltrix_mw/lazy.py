@@ -16,14 +16,14 @@ given out, no view sees a unit that is older than its snapshot, nor one that is 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from veltrix_mw.keys import MAX_KEY_BYTES, unit_of
 from veltrix_mw.keyspace import Keyspace
-from veltrix_mw.protocols import Batch, Listing, Position, RawChange, RawUnit
+from veltrix_mw.last_changes import LastChanges
+from veltrix_mw.protocols import Batch, Listing, MirroredUnit, Position, RawChange, RawUnit
 from veltrix_mw.replica import Publication
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.stores.units import MAX_UNIT_BYTES, MAX_UNIT_KEYS
@@ -33,7 +33,6 @@ from veltrix_mw.values import Missing
 __all__ = ["Cache", "LazyUnits", "Reading", "Unit"]
 
 _EARLIER: Final = 4  # versions of a held unit beside the newest: a request reads one that is seconds old at most
-_RECENT: Final = 10_000  # units of which it is known when they changed last, held or not
 _REFUSED: Final = 1_000
 _UNIT_BYTES: Final = 1_000  # what a unit takes beside its keys and values ...
 _ENTRY_BYTES: Final = 200  # ... and a key beside its name and its JSON text
@@ -75,7 +74,6 @@ class Cache(Protocol):
     def replace(self, name: str, value: Unit, size_bytes: int) -> bool: ...
     def discard(self, name: str) -> None: ...
     def clear(self) -> None: ...
-    def names(self) -> Sequence[str]: ...
     def __contains__(self, name: str) -> bool: ...
 
 
@@ -85,7 +83,6 @@ class _Awaited:
 
     since: int
     steps: list[list[_Step]] = field(default_factory=list)
-    is_lost: bool = False  # something may have changed that was not told
 
 
 @dataclass(slots=True, eq=False)
@@ -113,10 +110,7 @@ class LazyUnits:
         self._position: Position | None = None
         self._incarnation = ""
         self._readings: set[Reading] = set()
-        # When units changed last; of those that are not in there nothing is known but that it was before the floor.
-        self._recent: OrderedDict[str, int] = OrderedDict()
-        self._floor = 0
-        self._unknown_to: dict[str, int] = {}  # prefix -> the last revision whose changes below it were not told
+        self._changed = LastChanges()  # of units that are held or not
         self._refused: dict[str, str] = {}  # units that are beyond the bounds, until they change
         self._keyspaces: dict[str, Keyspace] = {}  # of held units of which something is held back
 
@@ -152,12 +146,8 @@ class LazyUnits:
                 self._incarnation = publication.snapshot.incarnation
                 self._forget_all(revision)
                 return
-            for prefix in publication.left_out:
-                self._unknown_to[prefix] = revision
-            if publication.left_out:
-                self._forget_below(publication.left_out)
             for name, steps in self._by_unit(publication.lazy_changes).items():
-                self._note_change(name, steps[-1][0])
+                self._changed.note(name, steps[-1][0])
                 self._refused.pop(name, None)
                 for reading in self._readings:
                     if (awaited := reading.awaited.get(name)) is not None:
@@ -181,37 +171,12 @@ class LazyUnits:
                 found.setdefault(name, []).append((revision, tuple(mine)))
         return found
 
-    def _note_change(self, name: str, revision: int) -> None:
-        self._recent[name] = revision
-        self._recent.move_to_end(name)
-        if len(self._recent) > _RECENT:
-            _, gone = self._recent.popitem(last=False)
-            self._floor = max(self._floor, gone)
-
-    def _unchanged_since(self, name: str) -> int:
-        unknown_to = next((at for prefix, at in self._unknown_to.items() if name.startswith(prefix)), 0)
-        return max(self._recent.get(name, self._floor), unknown_to)
-
     def _forget_all(self, revision: int) -> None:
-        self._floor = revision
+        self._changed = LastChanges(revision)
         self._cache.clear()
         self._readings.clear()
-        self._recent.clear()
-        self._unknown_to.clear()
         self._refused.clear()
         self._keyspaces.clear()
-
-    def _forget_below(self, prefixes: tuple[str, ...]) -> None:
-        """Let go of what may have changed without a word of it."""
-        for name in self._cache.names():
-            if name.startswith(prefixes):
-                self._cache.discard(name)
-                self._keyspaces.pop(name, None)
-        for name in [name for name in self._refused if name.startswith(prefixes)]:
-            del self._refused[name]
-        for reading in self._readings:
-            for name, awaited in reading.awaited.items():
-                awaited.is_lost = awaited.is_lost or name.startswith(prefixes)
 
     # --- what is read
 
@@ -220,7 +185,7 @@ class LazyUnits:
         with self._lock:
             if self._position is None:
                 return None
-            awaited = {name: _Awaited(self._unchanged_since(name)) for name in names}
+            awaited = {name: _Awaited(self._changed.of(name)) for name in names}
             reading = Reading(self._position, self._incarnation, awaited)
             self._readings.add(reading)
             return reading
@@ -230,24 +195,46 @@ class LazyUnits:
         with self._lock:
             self._readings.discard(reading)
 
+    def keep(self, reading: Reading, names: Iterable[str]) -> Reading:
+        """The part of a reading that goes on when the rest of it ends."""
+        with self._lock:
+            kept = Reading(reading.position, reading.incarnation, {name: reading.awaited[name] for name in names})
+            if reading in self._readings:
+                self._readings.add(kept)
+            return kept
+
+    def has_reached(self, revision: int) -> bool:
+        """Whether all changes up to that revision were taken."""
+        with self._lock:
+            return self._position is not None and self._position.revision >= revision
+
     def land(self, reading: Reading, units: Mapping[str, RawUnit]) -> dict[str, Unit]:
-        """Hold what was read, but for what was refused. Returns what may be read of each by who waited for it."""
-        landed: dict[str, Unit] = {}
-        for name, raw in units.items():
-            if raw.refused:
-                self._note_refused(reading, name, raw.refused)
-                continue
-            keyspace, size = self._keyspace_of(raw, reading), _size_of(raw)  # without the lock: it decodes
-            since = reading.awaited[name].since
-            unit = Unit(reading.incarnation, ((since, keyspace.snapshot),), reading.position.revision, size)
-            with self._lock:
-                landed[name] = self._landed(reading, name, unit, keyspace)
+        """Hold what was read as of the reading's position, but for what was refused; the reading ends.
+
+        Returns what may be read of each by who waited for it.
+        """
+        since = {name: reading.awaited[name].since for name in units}
+        as_of = {name: MirroredUnit(raw, reading.position.revision, since[name]) for name, raw in units.items()}
+        landed = self.land_mirrored(reading, as_of)
         self.end(reading)
+        return landed
+
+    def land_mirrored(self, reading: Reading, units: Mapping[str, MirroredUnit]) -> dict[str, Unit]:
+        """As `land`, of units that are as of revisions since the reading's position, which were reached."""
+        landed: dict[str, Unit] = {}
+        for name, mirrored in units.items():
+            if mirrored.unit.refused:
+                self._note_refused(reading, name, mirrored)
+                continue
+            position = Position(reading.position.incarnation, mirrored.revision)
+            keyspace, size = self._keyspace_of(mirrored.unit, position, reading.incarnation), _size_of(mirrored.unit)
+            with self._lock:  # not before: it decodes
+                landed[name] = self._landed(reading, name, mirrored, keyspace, size)
         return landed
 
     def past(self, raw: RawUnit, incarnation: str, revision: int) -> Snapshot:
         """What was read as of a revision that views are of; it is not held."""
-        return self._keyspace_of(raw, Reading(Position(incarnation, revision), incarnation, {})).snapshot
+        return self._keyspace_of(raw, Position(incarnation, revision), incarnation).snapshot
 
     def position_of(self, incarnation: str, revision: int) -> Position | None:
         """Where to read what a view of that revision reads; None where its history was replaced."""
@@ -257,18 +244,23 @@ class LazyUnits:
                 return None
             return position if position.revision == revision else Position(position.incarnation, revision)
 
-    def _landed(self, reading: Reading, name: str, unit: Unit, keyspace: Keyspace) -> Unit:
+    def _landed(self, reading: Reading, name: str, mirrored: MirroredUnit, keyspace: Keyspace, size: int) -> Unit:
         """Let it catch up, and hold it; a unit of a history or a time that nothing follows is only handed on."""
-        awaited = reading.awaited[name]
-        if reading not in self._readings or awaited.is_lost:
-            return unit
+        awaited, revision = reading.awaited[name], mirrored.revision
+        if reading not in self._readings:
+            return Unit(reading.incarnation, ((mirrored.since, keyspace.snapshot),), revision, size)
+        # What it has in it already may tell more exactly since when it is as it is than who read it could.
+        in_it = [at for steps in awaited.steps for at, _ in steps if at <= revision]
+        versions = ((min(mirrored.since, in_it[-1] if in_it else awaited.since), keyspace.snapshot),)
         if keyspace.snapshot.rejected:
             self._keyspaces[name] = keyspace
         else:
             self._keyspaces.pop(name, None)
-        unit = Unit(unit.incarnation, unit.versions, None, unit.size)
+        unit = Unit(reading.incarnation, versions, None, size)
         for steps in awaited.steps:
-            unit = self._advanced(name, unit, steps)
+            later = [step for step in steps if step[0] > revision]
+            if later:
+                unit = self._advanced(name, unit, later)
         self._hold(name, unit)
         return self._known(unit)
 
@@ -277,19 +269,17 @@ class LazyUnits:
         assert self._position is not None
         return Unit(unit.incarnation, unit.versions, self._position.revision, unit.size)
 
-    def _note_refused(self, reading: Reading, name: str, why: str) -> None:
+    def _note_refused(self, reading: Reading, name: str, mirrored: MirroredUnit) -> None:
         with self._lock:
-            awaited = reading.awaited[name]
-            if reading in self._readings and not awaited.is_lost and not awaited.steps:
+            later = any(at > mirrored.revision for steps in reading.awaited[name].steps for at, _ in steps)
+            if reading in self._readings and not later:
                 if len(self._refused) >= _REFUSED:
                     self._refused.clear()
-                self._refused[name] = why
+                self._refused[name] = mirrored.unit.refused
 
-    def _keyspace_of(self, raw: RawUnit, reading: Reading) -> Keyspace:
+    def _keyspace_of(self, raw: RawUnit, position: Position, incarnation: str) -> Keyspace:
         keyspace = Keyspace(self._schemas)
-        keyspace.restore(
-            Listing(reading.position, raw.entries), incarnation=reading.incarnation, origin="lazy", proved_at_s=0.0
-        )
+        keyspace.restore(Listing(position, raw.entries), incarnation=incarnation, origin="lazy", proved_at_s=0.0)
         return keyspace
 
     def _advanced(self, name: str, unit: Unit, steps: Sequence[_Step]) -> Unit:

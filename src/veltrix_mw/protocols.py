@@ -10,7 +10,7 @@ acknowledged write is one revision, whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -22,7 +22,9 @@ __all__ = [
     "CertificateFault",
     "ChangeRecord",
     "Confirmation",
+    "Filled",
     "Followed",
+    "FoundUnits",
     "Leaderless",
     "Lease",
     "LeaseStore",
@@ -31,6 +33,7 @@ __all__ = [
     "Mirror",
     "MirrorState",
     "MirrorWriter",
+    "MirroredUnit",
     "Moved",
     "NotLetIn",
     "NotPermitted",
@@ -44,6 +47,8 @@ __all__ = [
     "Silent",
     "Store",
     "StoreInfo",
+    "UnitFeed",
+    "UnitMirror",
     "Unitary",
     "Watch",
     "Written",
@@ -120,8 +125,8 @@ class Batch:
     """One revision, whole: its changes to eager keys (each key once, perhaps none) and its record.
 
     `position` is the position once it is applied; `previous` the namespace's revision before it. `origin` is the tier
-    that it came from, empty for the store's own; `lazy` are the prefixes that a mirror left out. `lazy_changes` are the
-    changes below the store's lazy prefixes: all of them, but for those below what a mirror left out.
+    that it came from, empty for the store's own; `lazy` are the prefixes that a mirror leaves out of what it lists.
+    `lazy_changes` are the changes below lazy prefixes.
     """
 
     position: Position
@@ -361,18 +366,24 @@ class LeaseStore(Protocol):
     """A store that keeps leases by name, each with one holder in the fleet."""
 
     def acquire(self, name: str, holder: str, *, ttl_s: float, timeout_s: float) -> tuple[Lease | None, str, float]:
-        """Take the lease if nobody has it. Returns it, or None; who holds it; and in how many seconds it ends.
+        """Take the lease if nobody has it. Returns it, or None; who holds it; and within how many seconds it ends.
 
-        Raises `AuthFailed` where these credentials may not.
+        `holder` stands for one attempt to take it, repeated until an answer comes: what it was given already, where
+        the answer was lost, is its own, under the same token. Raises `AuthFailed` where these credentials may not.
         """
         ...
 
     def renew(self, name: str, lease: Lease, *, ttl_s: float, timeout_s: float) -> None:
-        """Hold it for another `ttl_s`. Raises `LeaseLost` where it ran out, or is another's."""
+        """Hold it for another `ttl_s`, as long as it was taken for. Raises `LeaseLost` where it ran out, or is
+        another's."""
         ...
 
     def release(self, name: str, lease: Lease, *, timeout_s: float) -> None:
         """Give it up, if it is held."""
+        ...
+
+    def close(self) -> None:
+        """As a store's."""
         ...
 
 
@@ -397,6 +408,43 @@ class Mirror(Protocol):
 
     def close(self) -> None:
         """As a store's."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MirroredUnit:
+    """A lazy unit as of `revision`; it is unchanged since `since`, at the latest."""
+
+    unit: RawUnit
+    revision: int
+    since: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoundUnits:
+    """Where a mirror stands, and the units that it holds of those that were asked for."""
+
+    state: MirrorState
+    units: Mapping[str, MirroredUnit]
+
+
+Filled = Callable[[Sequence[str]], None]
+"""Is told the names of units that a mirror was filled with, in the thread that watches it."""
+
+
+class UnitMirror(Mirror, Protocol):
+    """A mirror that holds lazy units, too, for as long as it likes."""
+
+    def watch(self, position: Position, *, timeout_s: float, filled: Filled | None = None) -> Watch:
+        """As `Mirror.watch`; `filled` is told of fills, as `Watch.next` meets them."""
+        ...
+
+    def find_units(self, names: Sequence[str], *, timeout_s: float) -> FoundUnits:
+        """Those of `names` that it holds: each is current to where the mirror stands, or later."""
+        ...
+
+    def want_units(self, names: Sequence[str], *, timeout_s: float) -> None:
+        """Ask whoever feeds it for units. Raises `AuthFailed` where these credentials may not."""
         ...
 
 
@@ -447,5 +495,28 @@ class MirrorWriter(Protocol):
         """Say that the authority, asked at `asked_at_us` of `clock`, had nothing newer than `position`.
 
         Raises `Compacted` where the mirror does not stand at `position`.
+        """
+        ...
+
+
+class UnitFeed(UnitMirror, Protocol):
+    """A mirror that holds lazy units, as its relay fills them."""
+
+    def wanted_units(self, *, wait_s: float, timeout_s: float) -> Sequence[str]:
+        """The names that were asked for since, each once, waiting up to `wait_s` for the first. Anybody may ask."""
+        ...
+
+    def fill_units(
+        self,
+        lease: Lease,
+        position: Position,
+        units: Mapping[str, MirroredUnit],
+        names: Sequence[str],
+        *,
+        timeout_s: float,
+    ) -> None:
+        """Add units that are as of `position`, and announce `names`, be it that some are there already.
+
+        Raises `LeaseLost` as all that takes a lease, and `Compacted` where the mirror does not stand at `position`.
         """
         ...

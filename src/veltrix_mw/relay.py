@@ -280,7 +280,8 @@ class Copy:
     Stands in for a `Keyspace`: takes everything, decodes nothing, and queues what is to be written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lazy: tuple[str, ...] = ()) -> None:
+        self._lazy = lazy
         self.snapshot = Snapshot()
         self.position = Position("", 0)
         self.revisions: dict[str, int] = {}
@@ -323,7 +324,8 @@ class Copy:
         # An authority that cannot be renamed from here goes by a name of our own, in the mirror too.
         position = replace(batch.position, incarnation=self.position.incarnation)
         self._moved_to(position, Proof(self.snapshot._proof.at_s))
-        self.queue.append((replace(batch, position=position), len(self.revisions), self.digest))
+        mirrored = replace(batch, position=position, lazy=self._lazy)
+        self.queue.append((mirrored, len(self.revisions), self.digest))
         return frozenset()
 
     def _moved_to(self, position: Position, proof: Proof, *, origin: str = "relay") -> None:
@@ -364,7 +366,7 @@ class Relay:
         self._random = Random() if random is None else random
         self._confirm_interval_s = confirm_interval_s
         self._lease: Lease | None = None
-        self._copy = Copy()
+        self._copy = Copy(self._lazy)
         self._replica: Replica | None = None
         self._pending: Step | None = None  # the replica's next step, once all is written
         self._proof_us: int | None = None  # what is to be proved, once all is written
@@ -431,7 +433,7 @@ class Relay:
         return Inspect(event.lease)
 
     def _take_inspection(self, event: Inspected) -> RelayStep:
-        self._copy = Copy()
+        self._copy = Copy(self._lazy)
         # The replica asks its keyspace for no more than `Copy` has.
         self._replica = Replica(
             self._copy,  # type: ignore[arg-type]
@@ -562,7 +564,7 @@ class Relay:
     def _stop_leading(self) -> None:
         self._refills = 0
         self._lease, self._replica, self._pending, self._proof_us = None, None, None, None
-        self._copy = Copy()
+        self._copy = Copy(self._lazy)
         self.holder = ""
 
     def _notice(self, event: str, level: str, **fields: object) -> None:

@@ -17,7 +17,7 @@ from typing import Final, Protocol, TypeGuard
 from veltrix_mw.errors import StoreError, VeltrixError
 from veltrix_mw.faults import told
 from veltrix_mw.follower import CALL_TIMEOUT_S, LIST_TIMEOUT_S, halted_for_forks, tell
-from veltrix_mw.protocols import Lease, Mirror, MirrorWriter, Store, Watch
+from veltrix_mw.protocols import Lease, Mirror, MirrorWriter, Position, Store, Watch
 from veltrix_mw.relay import (
     KEEP_S,
     LEASE_S,
@@ -59,6 +59,7 @@ from veltrix_mw.replica import (
     Slept,
     Watching,
 )
+from veltrix_mw.unit_filler import UnitFiller, can_be_filled
 
 __all__ = ["FedMirror", "RelayThread", "can_be_fed"]
 
@@ -103,6 +104,7 @@ class RelayThread:
         self._acting = threading.RLock()
         self._thread: threading.Thread | None = None
         self._watch: Watch | None = None
+        self._filler = UnitFiller(authority, mirror) if self._lazy and can_be_filled(mirror) else None
         self.crashes = 0
 
     @property
@@ -121,13 +123,16 @@ class RelayThread:
 
     def stop(self, timeout_s: float) -> None:
         """End the thread, waiting for at most `timeout_s`."""
+        deadline_s = self._clock() + timeout_s
         self._stopping.set()
+        if self._filler is not None:
+            self._filler.stop(timeout_s)
         watch = self._watch
         if watch is not None:
             watch.close()
         thread = self._thread
         if thread is not None and thread.ident is not None and thread is not threading.current_thread():
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline_s - self._clock()))
 
     def run(self) -> None:
         """Do what a relay does in the calling thread, until `stop`."""
@@ -156,6 +161,8 @@ class RelayThread:
             for notice in decision.notices:
                 tell(notice)
         step = decision.step
+        if self._filler is not None and isinstance(step, (Elect, Resign, Rest)):
+            self._filler.rest()
         try:
             if isinstance(step, Rest):
                 self._drop_watch()
@@ -186,14 +193,17 @@ class RelayThread:
                 with self._keeping(lease):
                     state = mirror.keep(lease, ttl_s=LEASE_S, timeout_s=CALL_TIMEOUT_S)
                     position, revisions = mirror.revisions(timeout_s=LIST_TIMEOUT_S)
+                self._stands(lease, position)
                 return Inspected(clock(), state, position, revisions)
             case Keep(lease):
                 return Kept(clock(), mirror.keep(lease, ttl_s=LEASE_S, timeout_s=CALL_TIMEOUT_S))
             case Fill(lease, listing, digest):
                 with self._keeping(lease):
                     mirror.fill(lease, listing, digest=digest, lazy=self._lazy, timeout_s=FILL_TIMEOUT_S)
+                self._stands(lease, listing.position)
             case Append(lease, batches, counts):
-                mirror.append(lease, batches, counts=counts, timeout_s=CALL_TIMEOUT_S)
+                with contextlib.nullcontext() if self._filler is None else self._filler.adding(batches):
+                    mirror.append(lease, batches, counts=counts, timeout_s=CALL_TIMEOUT_S)
             case Prove(lease, position, asked_at_us):
                 mirror.prove(lease, position, asked_at_us=asked_at_us, timeout_s=CALL_TIMEOUT_S)
             case Resign(lease):
@@ -203,6 +213,10 @@ class RelayThread:
             case _:
                 raise AssertionError(f"{type(step).__name__} is no step at the mirror")
         return Written(clock())
+
+    def _stands(self, lease: Lease, position: Position) -> None:
+        if self._filler is not None:
+            self._filler.stands(lease, position)
 
     def _followed(self, follow: Follow) -> RelayEvent:
         """Take the replica's step; the mirror's clock is read before, so that no proof is younger than it."""

@@ -156,8 +156,8 @@ class Publication:
     `records` are the change records of the revisions that it applied. `position` is where it stands; `left` are the
     labels that were followed before, which whoever resumes here must know.
 
-    `lazy_changes` are, by revision, the changes below lazy prefixes since the snapshot before: all of them, but for
-    those below the prefixes that are `left_out`. Where `changed` is None it says nothing of them.
+    `lazy_changes` are, by revision, the changes below lazy prefixes since the snapshot before. Where `changed` is None
+    it says nothing of them.
     """
 
     snapshot: Snapshot
@@ -166,7 +166,6 @@ class Publication:
     position: Position
     left: tuple[str, ...] = ()
     lazy_changes: tuple[tuple[int, tuple[RawChange, ...]], ...] = ()
-    left_out: tuple[str, ...] = ()
 
 
 # Events: what happened.
@@ -364,7 +363,6 @@ class Replica:
         self._changed: set[str] | None = set()
         self._records: list[ChangeRecord] = []
         self._lazy_changes: list[tuple[int, tuple[RawChange, ...]]] = []
-        self._left_out: set[str] = set()
         self.reconnects = 0
         self.error: StoreError | None = None
 
@@ -527,7 +525,6 @@ class Replica:
             changed = self._keyspace.apply(batch)
             self._position = batch.position
             self._records.append(batch.record)
-            self._left_out.update(batch.lazy)
             if batch.lazy_changes:
                 self._lazy_changes.append((batch.position.revision, batch.lazy_changes))
             if self._changed is not None:
@@ -746,8 +743,7 @@ class Replica:
             position,
             tuple(self._left),
             tuple(self._lazy_changes),
-            tuple(sorted(self._left_out)),
         )
         self._served, self._changed, self._records = snapshot, set(), []
-        self._lazy_changes, self._left_out = [], set()
+        self._lazy_changes = []
         return publication

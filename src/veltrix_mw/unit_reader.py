@@ -1,21 +1,32 @@
 """The unit reader: reads the lazy units that are not held, once for all who ask.
 
-Owns the way of a miss: one flight for all who want a unit, a batch, then the store, within a rate that protects it.
-Which version of a unit a view may read is `lazy`'s to say; how flights wait and batches form, `coalesce`'s.
+Owns the way of a miss: one flight for all who want a unit, a batch, then the mirror, else the authority, within rates
+that protect both. Which version of a unit a view may read is `lazy`'s to say; how flights wait and batches form,
+`coalesce`'s.
+
+::
+
+    batch ──► the mirror has it, and it was reached ──► landed
+                ├─ it is of a revision that is still on its way ──► again once that was taken
+                ├─ it has none ──► wanted, once a process ──► again once it is announced that it was filled
+                └─ not followed, no relay, no announcement in time ──► batch ──► the authority ──► landed
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
 
-from veltrix_mw.coalesce.batcher import Batcher
+from veltrix_mw.coalesce.batcher import Batcher, Elsewhere
 from veltrix_mw.coalesce.flight import Flight
-from veltrix_mw.errors import Compacted, InvalidValue, NotReady, Overloaded, StoreUnavailable
-from veltrix_mw.lazy import LazyUnits, Unit
-from veltrix_mw.protocols import Unitary
+from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, NotReady, Overloaded, StoreError, StoreUnavailable
+from veltrix_mw.lazy import LazyUnits, Reading, Unit
+from veltrix_mw.protocols import Filled, FoundUnits, MirroredUnit, MirrorState, Position, Unitary
+from veltrix_mw.replica import Publication
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import FetchOutcome, Telemetry
 
@@ -32,6 +43,17 @@ MISSES_AT_ONCE: Final = 5_000
 
 BATCH: Final = 240
 """Units in one call: four transactions of etcd, at once; a stall of 2,000 cold tenants is over in ten round trips."""
+
+FILLED_WITHIN_S: Final = 0.3
+"""How long the relay may take: it reads a unit in the time of one call, and a relay's takeover takes seconds."""
+
+DIRECT_PER_S: Final = 200
+"""Units a second that one process reads from the authority in the mirror's stead: a fleet without a relay is many."""
+
+DIRECT_AT_ONCE: Final = 2_000
+
+_BARRED_S: Final = 60.0  # how long a process does not ask whom the mirror does not let ask
+_SWEEP_S: Final = 1.0
 
 # What a flight is for: a unit that is held from then on, by its name; or one as of a view's revision, which is not.
 _Past = tuple[str, str, int]  # name, incarnation, revision
@@ -72,8 +94,31 @@ class Rate:
         self._lock = threading.Lock()
 
 
+def _too_many() -> Overloaded:
+    return Overloaded("more lazy units were to be read than one process may read; retry later")
+
+
+class Mirrored(Protocol):
+    """A mirror of the store that is followed, or not, and may hold units."""
+
+    on_filled: Filled | None
+
+    def find_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> FoundUnits | None: ...
+    def want_units(self, names: Sequence[str], *, timeout_s: float) -> None: ...
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """A unit that is to come by the mirror, until `due_s`; then, or once `is_direct`, it is read from the authority."""
+
+    due_s: float
+    ends_s: float
+    is_direct: bool = False
+    early: tuple[Reading, MirroredUnit] | None = None  # as of a revision that is not reached
+
+
 class UnitReader:
-    """Loads lazy units for views: from what is held, else from the store.
+    """Loads lazy units for views: from what is held, else from the mirror or the store.
 
     Whoever asks for a unit that is under way waits for that. Thread-safe; for threads and tasks alike.
     """
@@ -83,29 +128,62 @@ class UnitReader:
         store: Unitary,
         units: LazyUnits,
         *,
+        mirrored: Mirrored | None = None,
         timeout_s: float = FETCH_TIMEOUT_S,
         rate: Rate | None = None,
+        direct_rate: Rate | None = None,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`timeout_s` is each call's, and that of who waits and says nothing else; `rate` is of units."""
+        """`timeout_s` is each call's, and that of who waits and says nothing else; the rates are of units, one of all
+        that are read, one of those that are read from the store although there is a mirror.
+        """
         self._store = store
         self._units = units
+        self._mirrored = mirrored
         self._timeout_s = timeout_s
         self._rate = Rate(MISSES_PER_S, MISSES_AT_ONCE, clock=clock) if rate is None else rate
+        self._direct_rate = Rate(DIRECT_PER_S, DIRECT_AT_ONCE, clock=clock) if direct_rate is None else direct_rate
         self._telemetry = Telemetry("off") if telemetry is None else telemetry
         self._clock = clock
-        self._batcher = self._new_batcher()
+        self._batcher, self._direct = self._new_batchers()
+        # These three are the first batcher's thread's, but for one that hangs, and for who looks into them.
+        self._awaited: dict[str, _Awaited] = {}
+        self._early: set[str] = set()
+        self._brought: dict[str, Any] = {}  # by the second batcher
+        self._sweep_at_s = 0.0
+        self._barred_until_s = 0.0
+        if mirrored is not None:
+            mirrored.on_filled = self._filled
+        # By where they were read, and those that were asked for: figures for people.
+        self.units_read = {"mirror": 0, "authority": 0, "wanted": 0}
         # By result. Two threads at once may be counted as one: the figures are for people.
         self.fetches = {"hit": 0, "miss": 0, "coalesced": 0, "error": 0}
 
-    def _new_batcher(self) -> Batcher[_Wanted, Any]:
-        return Batcher(self._read, max_items=BATCH, timeout_s=self._timeout_s, clock=self._clock)
+    def _new_batchers(self) -> tuple[Batcher[_Wanted, Any], Batcher[str, Any]]:
+        # Two: what is in the mirror need not wait behind an authority that hangs.
+        return (
+            Batcher(self._read, max_items=BATCH, timeout_s=self._timeout_s, clock=self._clock),
+            Batcher(self._read_direct, max_items=BATCH, timeout_s=self._timeout_s, clock=self._clock),
+        )
 
     def close(self, *, timeout_s: float) -> None:
-        """End the thread that reads; a later load begins another. Idempotent."""
-        closing, self._batcher = self._batcher, self._new_batcher()
-        closing.close(timeout_s=timeout_s)
+        """End the threads that read; a later load begins others. Idempotent."""
+        closing = self._batcher, self._direct
+        self._batcher, self._direct = self._new_batchers()
+        deadline_s = self._clock() + timeout_s
+        for batcher in closing:
+            batcher.close(timeout_s=max(0.0, deadline_s - self._clock()))
+        self._forget_awaited()
+
+    def follow(self, publication: Publication) -> None:
+        """Take what is about to be served, and let those units land that waited for it."""
+        self._units.take(publication)
+        if self._early:
+            self._batcher.wake(self._early.copy())
+
+    def _filled(self, names: Sequence[str]) -> None:
+        self._batcher.wake(names)
 
     def load(self, names: Sequence[str], pinned: Snapshot, timeout_s: float | None = None) -> _Loaded:
         """Each of the units as a view of that snapshot reads it, or why it cannot be had."""
@@ -136,6 +214,13 @@ class UnitReader:
     def after_fork(self) -> None:
         """Make what is ours anew in a forked child; flights and batches do so by themselves."""
         self._rate.after_fork()
+        self._direct_rate.after_fork()
+        self._forget_awaited()
+
+    def _forget_awaited(self) -> None:
+        self._awaited = {}
+        self._early = set()
+        self._brought = {}
 
     def _until(self, timeout_s: float | None) -> float:
         return self._clock() + (self._timeout_s if timeout_s is None else timeout_s)
@@ -215,17 +300,21 @@ class UnitReader:
         pasts: dict[tuple[str, int], list[str]] = {}
         for each in wanted:
             # A flight that landed since who wanted it looked may have brought it already.
-            known = self._known(each) if isinstance(each, str) else None
-            if known is not None:
+            if not isinstance(each, str):
+                if self._rate.take():
+                    pasts.setdefault(each[1:], []).append(each[0])
+                else:
+                    read[each] = _too_many()
+            elif (known := self._known(each)) is not None:
                 read[each] = known
-            elif not self._rate.take():
-                read[each] = Overloaded("more lazy units were to be read than the store is asked for; retry later")
-            elif isinstance(each, str):
+                self._let_go(each)
+            elif each in self._awaited or self._rate.take():
                 names.append(each)
             else:
-                pasts.setdefault(each[1:], []).append(each[0])
+                read[each] = _too_many()
         if names:
-            read.update(self._read_newest(names))
+            mirrored = self._mirrored
+            read.update(self._read_newest(names) if mirrored is None else self._read_mirrored(names, mirrored))
         for (incarnation, revision), changed in pasts.items():
             read.update(self._read_past(changed, incarnation, revision))
         return read
@@ -234,7 +323,8 @@ class UnitReader:
         why = self._units.refused(name)
         return InvalidValue(why) if why else self._units.newest(name)
 
-    def _read_newest(self, names: Sequence[str]) -> _Brought:
+    def _read_newest(self, names: Sequence[str]) -> dict[str, Any]:
+        self.units_read["authority"] += len(names)
         try:
             reading = self._units.begin(names)
             if reading is None:
@@ -252,6 +342,131 @@ class UnitReader:
             return dict.fromkeys(names, error)
         except Exception as exc:  # noqa: BLE001  # of these units alone, not of all in the batch
             return dict.fromkeys(names, exc)
+
+    # --- by the mirror
+
+    def _read_mirrored(self, names: Sequence[str], mirrored: Mirrored) -> dict[str, Any]:
+        now_s = self._clock()
+        self._sweep(now_s)
+        awaited = {name: self._awaited.setdefault(name, _Awaited(math.inf, now_s + self._timeout_s)) for name in names}
+        read: dict[str, Any] = {}
+        self._land_early(awaited, read)
+        direct, looked = dict[str, _Awaited](), dict[str, _Awaited]()
+        for name, unit in awaited.items():
+            if unit.is_direct:
+                self._take_direct(name, unit, now_s, read)
+            elif name not in read and unit.due_s <= now_s:
+                direct[name] = unit
+            elif name not in read and unit.early is None:
+                looked[name] = unit
+        if looked:
+            found = self._look(looked, mirrored, read)
+            lacking = {name: unit for name, unit in looked.items() if name not in read and unit.early is None}
+            direct |= self._want(lacking, None if found is None else found.state, mirrored)
+        for name, unit in direct.items():
+            self._go_direct(name, unit, read)
+        # What was reached meanwhile was not woken, if it was not known yet that it is early.
+        self._land_early(awaited, read)
+        for name in read:
+            self._let_go(name)
+        for name, unit in awaited.items():
+            read.setdefault(name, Elsewhere(unit.ends_s if unit.is_direct else unit.due_s))
+        return read
+
+    def _look(self, looked: Mapping[str, _Awaited], mirrored: Mirrored, read: dict[str, Any]) -> FoundUnits | None:
+        """Land the units that the mirror holds and whose revision was reached; note those whose was not."""
+        reading = self._units.begin(looked)
+        if reading is None:
+            read |= dict.fromkeys(looked, NotReady("nothing was listed yet, so no lazy unit can be read"))
+            return None
+        try:
+            found = mirrored.find_units(list(looked), reading.position, timeout_s=self._timeout_s)
+            if found is None:
+                return None
+            self.units_read["mirror"] += len(found.units)
+            reached = {name: unit for name, unit in found.units.items() if self._units.has_reached(unit.revision)}
+            self._land(reading, reached, read)
+            early = [name for name in found.units if name not in reached]
+            kept = self._units.keep(reading, early) if early else reading
+            for name in early:
+                looked[name].early = kept, found.units[name]
+                looked[name].due_s = self._clock() + FILLED_WITHIN_S
+                self._early.add(name)
+            return found
+        finally:
+            self._units.end(reading)
+
+    def _land(self, reading: Reading, units: Mapping[str, MirroredUnit], read: dict[str, Any]) -> None:
+        landed = self._units.land_mirrored(reading, units)
+        for name, mirrored in units.items():
+            read[name] = landed.get(name) or InvalidValue(mirrored.unit.refused)
+
+    def _land_early(self, awaited: Mapping[str, _Awaited], read: dict[str, Any]) -> None:
+        for name, unit in awaited.items():
+            if name not in read and unit.early is not None and self._units.has_reached(unit.early[1].revision):
+                reading, mirrored = unit.early
+                self._land(reading, {name: mirrored}, read)
+
+    def _want(
+        self, lacking: Mapping[str, _Awaited], state: MirrorState | None, mirrored: Mirrored
+    ) -> dict[str, _Awaited]:
+        """Ask the relay for units, each once, if there is one that fills them; returns those that it does not."""
+        if state is None or not state.relay or self._clock() < self._barred_until_s:
+            return dict(lacking)
+        filled = {name: unit for name, unit in lacking.items() if name.startswith(state.lazy)}
+        fresh = [name for name, unit in filled.items() if unit.due_s == math.inf]
+        if fresh:
+            try:
+                mirrored.want_units(fresh, timeout_s=self._timeout_s)
+            except AuthFailed:
+                self._barred_until_s = self._clock() + _BARRED_S
+                return dict(lacking)
+            except StoreError:
+                return dict(lacking)
+            self.units_read["wanted"] += len(fresh)
+            for name in fresh:
+                filled[name].due_s = self._clock() + FILLED_WITHIN_S
+        return {name: unit for name, unit in lacking.items() if name not in filled}
+
+    def _go_direct(self, name: str, awaited: _Awaited, read: dict[str, Any]) -> None:
+        """Have the authority asked, in another thread."""
+        if not self._direct_rate.take():
+            read[name] = _too_many()
+            return
+        try:
+            self._direct.submit(name)
+        except StoreError as exc:
+            read[name] = exc
+        awaited.is_direct = True
+
+    def _read_direct(self, names: Sequence[str]) -> dict[str, Any]:
+        """Called in the thread of the second batcher."""
+        read = self._read_newest(names)
+        self._brought |= read
+        self._batcher.wake(names)
+        return read
+
+    def _take_direct(self, name: str, awaited: _Awaited, now_s: float, read: dict[str, Any]) -> None:
+        if name in self._brought:
+            read[name] = self._brought[name]
+        elif awaited.ends_s <= now_s:
+            read[name] = StoreUnavailable("the store gave no answer in time; try again")
+
+    def _let_go(self, name: str) -> None:
+        awaited = self._awaited.pop(name, None)
+        self._brought.pop(name, None)
+        self._early.discard(name)
+        if awaited is not None and awaited.early is not None:
+            self._units.end(awaited.early[0])
+
+    def _sweep(self, now_s: float) -> None:
+        """Let go of what nobody waits for any more."""
+        if now_s >= self._sweep_at_s:
+            self._sweep_at_s = now_s + _SWEEP_S
+            for name in [name for name, awaited in tuple(self._awaited.items()) if awaited.ends_s <= now_s]:
+                self._let_go(name)
+
+    # --- as of earlier
 
     def _read_past(self, names: Sequence[str], incarnation: str, revision: int) -> _Brought:
         pasts = {name: (name, incarnation, revision) for name in names}

@@ -127,6 +127,22 @@ def test_a_mirror_that_is_away_is_a_warning(shell: Shell, put: Put, free_port: i
     assert "mirrored     -\n" in shell.ok("status", "--mirror", f"redis://127.0.0.1:{free_port}/0")
 
 
+def test_a_mirror_whose_sentinels_alone_are_away_is_not_found_and_not_said_to_be_left(
+    shell: Shell, put: Put, free_port: int
+) -> None:
+    put("k", 1)
+    url = f"redis+sentinel://127.0.0.1:{free_port}/mymaster/0"
+    done = shell.run("status", "--json", "--mirror", url)
+    told = done.json["tiers"][1]
+    assert (told["state"], told["answered_in_s"], told["lag"]) == ("not found", None, None)
+    assert (done.json["relay"], done.json["relay_missing"]) == (None, "the mirror cannot be asked")
+    assert "none of the sentinels (1) says where 'mymaster' is" in told["error"]
+    warned = shell.run("status", "--mirror", url)
+    assert warned.code == 0
+    assert "warning: the mirror is not found, and only workers that knew its server before may follow it" in warned.err
+    assert "workers follow the authority" not in warned.err
+
+
 def test_an_authority_that_is_away_is_the_exit_code_and_the_mirror_is_told(
     shell: Shell, put: Put, redis: RedisServer
 ) -> None:

@@ -8,6 +8,7 @@ import contextvars
 import gc
 import random
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import trio
 from tests.support.forking import forked
 from tests.support.waiting import wait_until
 from veltrix_mw.coalesce import Batcher
-from veltrix_mw.coalesce.batcher import MAX_HUNG
+from veltrix_mw.coalesce.batcher import MAX_HUNG, Elsewhere
 from veltrix_mw.coalesce.flight import Flight
 from veltrix_mw.errors import Overloaded, StoreError, StoreUnavailable
 
@@ -387,6 +388,88 @@ def test_a_call_may_close_its_batcher() -> None:
     with pytest.raises(StoreUnavailable, match="closed"):
         batcher.load("a")
     wait_until(lambda: threads_of_batchers() == [], WITHIN_S, reason="its thread ends")
+
+
+# Brought elsewhere
+
+
+def _parked(batcher: Batcher[str, str], backend: Backend, *, until_s: float = 1e9) -> Flight[str]:
+    """A flight of `a`, which the last call has left to others."""
+    backend.answers["a"] = Elsewhere(until_s)
+    flight = batcher.submit("a")
+    wait_until(lambda: "a" in batcher._parked, WITHIN_S, reason="the key is awaited from elsewhere")
+    return flight
+
+
+def test_a_key_that_is_awaited_from_elsewhere_is_settled_by_who_brings_it() -> None:
+    backend = Backend()
+    with Batcher(backend) as batcher:
+        flight = _parked(batcher, backend)
+        assert batcher.submit("a") is flight
+        assert batcher.load("b") == "B"
+        batcher.settle("a", "brought")
+        assert flight.result(WITHIN_S) == "brought"
+        failing = _parked(batcher, backend)
+        batcher.settle("a", StoreUnavailable("away"))
+        with pytest.raises(StoreUnavailable, match="away"):
+            failing.result(WITHIN_S)
+        batcher.settle("a", "nobody asks")
+        batcher.wake(["a"])
+    assert backend.batches == [["a"], ["b"], ["a"]]
+
+
+def test_a_key_that_is_woken_goes_with_the_next_batch_and_no_other_does() -> None:
+    backend = Backend()
+    with Batcher(backend) as batcher:
+        flight = _parked(batcher, backend)
+        del backend.answers["a"]
+        batcher.wake(["x", "a", "y"])
+        assert flight.result(WITHIN_S) == "A"
+    assert backend.batches == [["a"], ["a"]]
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_what_comes_before_the_call_has_left_it_to_others_is_not_lost(settled: bool) -> None:
+    backend = Backend(held=True)
+    backend.answers["a"] = Elsewhere(1e9)
+    with Batcher(backend) as batcher:
+        flight = batcher.submit("a")
+        backend.wait_entered()
+        batcher.settle("a", "brought") if settled else batcher.wake(["a"])
+        backend.let_go(1)
+        if not settled:
+            backend.wait_entered()
+            del backend.answers["a"]
+            backend.let_go(1)
+        assert flight.result(WITHIN_S) == ("brought" if settled else "A")
+
+
+def test_what_nobody_brings_goes_with_a_batch_again_when_its_time_is_over() -> None:
+    backend, clock = Backend(), Clock()
+    with Batcher(backend, clock=clock, timeout_s=60) as batcher:
+        flight = _parked(batcher, backend, until_s=clock.now_s + 1)
+        batcher.load("b")
+        assert not flight.landed
+        clock.now_s += 1
+        del backend.answers["a"]
+        batcher.load("c")
+        assert flight.result(WITHIN_S) == "A"
+    real = Batcher(backend)
+    backend.answers["d"] = Elsewhere(time.monotonic() + 0.05)
+    waiting = real.submit("d")
+    wait_until(lambda: len([batch for batch in backend.batches if "d" in batch]) > 1, WITHIN_S, reason="asked again")
+    real.close()
+    assert not real._parked
+    with pytest.raises(StoreUnavailable, match="closed"):
+        waiting.result(WITHIN_S)
+
+
+def test_what_is_awaited_counts_among_what_waits() -> None:
+    backend = Backend()
+    with Batcher(backend, max_waiting=1) as batcher:
+        _parked(batcher, backend)
+        with pytest.raises(Overloaded):
+            batcher.submit("b")
 
 
 def test_calls_run_in_an_empty_context() -> None:

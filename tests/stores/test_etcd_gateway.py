@@ -19,6 +19,7 @@ from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, S
 from veltrix_mw.stores import etcd_stream
 from veltrix_mw.stores.etcd_gateway import Gateway
 from veltrix_mw.stores.etcd_members import FutureRevision, Members
+from veltrix_mw.stores.etcd_messages import KEEP_LEASE, KeepLease
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,21 @@ def test_what_is_no_etcd_is_told_from_one(members: MakeMembers, liar: MakeLiar, 
     with pytest.raises(StoreUnavailable, match="is no etcd") as caught:
         read(members([liar(said).host], timeout_s=0.2))
     assert "2379" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "words"),
+    [
+        (answer(b""), StoreUnavailable, "ended the stream without an answer"),
+        (answer({"error": {"message": "etcdserver: permission denied"}}), AuthFailed, "grant it"),
+        (answer({"result": {"TTL": []}}), StoreUnavailable, "is no etcd"),
+    ],
+)
+def test_a_stream_of_one_message_that_has_none_is_told(
+    members: MakeMembers, liar: MakeLiar, said: bytes, error: type[StoreError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        members([liar(said).host], timeout_s=0.2).call(KEEP_LEASE, KeepLease(7), deadline_s=time.monotonic() + WITHIN_S)
 
 
 def test_a_gateway_that_is_off_is_named_with_the_option(members: MakeMembers) -> None:

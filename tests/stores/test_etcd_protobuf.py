@@ -17,7 +17,11 @@ from veltrix_mw.stores.etcd_messages import (
     Compare,
     Event,
     Header,
+    KeepLease,
     KeyValue,
+    LeaseAsked,
+    LeaseGranted,
+    LeaseKept,
     Operation,
     Range,
     Ranged,
@@ -35,7 +39,7 @@ from veltrix_mw.stores.etcd_protobuf import _FIELDS, decode, encode
 whole = st.integers(-(2**63), 2**63 - 1)
 digits = st.integers(1, 2**64 - 1).map(str)
 headers = st.builds(Header, digits, digits, whole, whole)
-stored = st.builds(KeyValue, st.binary(), st.binary(), whole, whole, whole)
+stored = st.builds(KeyValue, st.binary(), st.binary(), whole, whole, whole, whole)
 ranged = st.builds(Ranged, headers, st.lists(stored, max_size=4), st.booleans(), whole)
 watched = st.builds(
     Watched,
@@ -68,7 +72,7 @@ compares = st.one_of(
 )
 operations = st.one_of(
     ranges.map(Operation.range),
-    st.builds(Operation.put, st.binary(), st.binary()),
+    st.builds(Operation.put, st.binary(), st.binary(), lease=whole),
     st.binary().map(Operation.delete),
 )
 everything = st.one_of(
@@ -86,6 +90,10 @@ everything = st.one_of(
         st.lists(compares, max_size=3),
         st.lists(operations, max_size=3),
     ),
+    st.builds(LeaseAsked, whole),
+    st.builds(LeaseGranted, headers, whole, whole),
+    st.builds(KeepLease, whole),
+    st.builds(LeaseKept, headers, whole),
     st.just(StatusAsked()),
 )
 

@@ -37,6 +37,7 @@ META = {
     "#lazy": b"tenants/ users/",
     "#proved": b"1700000000000000",
     "#token": b"4",
+    "#units": b"4-12",
 }
 ENTRY = [b"prev", b"11 m11", b"incarnation", b"abc", b"mark", b"m12", b"record", b"{}"]
 
@@ -140,7 +141,7 @@ def test_a_record_that_cannot_be_read_is_empty(raw: bytes) -> None:
 def test_a_revision_too_large_for_one_entry_of_the_stream_leaves_its_changes_out() -> None:
     def arguments(count: int) -> list[str | bytes]:
         batch = Batch(Position("abc", 12, "m"), 11, tuple(RawChange(f"k{number}", b"1") for number in range(count)))
-        return append_arguments(batch, lease="1 w", token=1, count=1, digest=0, keep_revisions=9, keep_bytes=9)
+        return append_arguments(batch, lease="1 w", token=1, count=1, digest=0, keep_revisions=9, keep_bytes=9)[1]
 
     assert [arguments(MAX_CHANGES)[11], arguments(MAX_CHANGES + 1)[11]] == ["0", "1"]
 

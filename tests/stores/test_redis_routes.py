@@ -23,6 +23,10 @@ class Guides:
         self.says: dict[Host, tuple[Host, int] | StoreError] = {}
         self.asked: list[Host] = []
         self.granted_s: list[float] = []
+        self.later_s = 0.0
+
+    def clock(self) -> float:
+        return time.monotonic() + self.later_s
 
     def ask(self, guide: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:
         assert [question[:2] for question in questions] == [
@@ -30,7 +34,7 @@ class Guides:
             ("SENTINEL", "MASTER"),
         ]
         self.asked.append(guide)
-        self.granted_s.append(deadline_s - time.monotonic())
+        self.granted_s.append(deadline_s - self.clock())
         said = self.says[guide]
         if isinstance(said, StoreError):
             raise said
@@ -39,7 +43,7 @@ class Guides:
 
     def find(self, route: Guided, timeout_s: float = 8.0) -> Host:
         self.asked, self.granted_s = [], []
-        return route.find(self.ask, time.monotonic() + timeout_s)
+        return route.find(self.ask, self.clock() + timeout_s)
 
 
 @pytest.fixture
@@ -48,8 +52,8 @@ def guides() -> Guides:
 
 
 @pytest.fixture
-def route() -> Sentinels:
-    route = Sentinels([S1, S2, S3], "m")
+def route(guides: Guides) -> Sentinels:
+    route = Sentinels([S1, S2, S3], "m", clock=guides.clock)
     route._order = [S1, S2, S3]  # which is drawn
     return route
 
@@ -107,6 +111,50 @@ def test_when_all_say_so_they_were_set_up_anew(guides: Guides, route: Sentinels)
     guides.says = {S1: (OLD, 0), S2: (OLD, 0), S3: (OLD, 0)}
     route.doubt()
     assert guides.find(route) == OLD
+
+
+def found_after(guides: Guides, route: Sentinels, failing_s: float) -> Host:
+    """What is found where the server has failed again and again for so long."""
+    route.doubt()
+    for _ in range(4):
+        guides.find(route)
+        guides.later_s += failing_s / 4
+        route.doubt()
+    return guides.find(route)
+
+
+def test_when_most_say_so_after_the_server_failed_for_long_they_were_set_up_anew(
+    guides: Guides, route: Sentinels
+) -> None:
+    """One that is dead, of all that were reinstalled, must not keep workers at a server that is no more."""
+    guides.says = {S1: (NEW, 4)}
+    guides.find(route)
+    guides.says = {S1: AWAY, S2: (OLD, 0), S3: (OLD, 0)}
+    assert found_after(guides, route, 25) == NEW
+    assert found_after(guides, route, 6) == OLD
+    guides.says = {S1: AWAY, S2: (NEW, 1), S3: (NEW, 1)}
+    route.ask_again()
+    assert guides.find(route) == NEW  # from there on epochs count again
+
+
+def test_a_server_that_answers_in_between_has_not_failed_for_long(guides: Guides, route: Sentinels) -> None:
+    guides.says = {S1: (NEW, 4)}
+    guides.find(route)
+    guides.says = {S1: AWAY, S2: (OLD, 0), S3: (OLD, 0)}
+    assert found_after(guides, route, 25) == NEW
+    route.trust()
+    assert found_after(guides, route, 25) == NEW
+    assert found_after(guides, route, 6) == OLD
+
+
+@pytest.mark.parametrize("third", [AWAY, ((("other", 6379)), 1)])
+def test_a_server_that_failed_for_long_is_kept_while_too_few_or_no_two_agree(
+    guides: Guides, route: Sentinels, third: Any
+) -> None:
+    guides.says = {S1: (NEW, 4)}
+    guides.find(route)
+    guides.says = {S1: AWAY, S2: (OLD, 0), S3: third}
+    assert found_after(guides, route, 100) == NEW
 
 
 def test_without_an_answer_what_is_known_stands_and_a_newcomer_is_told(guides: Guides, route: Sentinels) -> None:
@@ -190,6 +238,26 @@ def test_one_seed_that_is_behind_is_not_asked_alone() -> None:
         route.ask_again()
         assert route.find(ask, time.monotonic() + 1) == ("h1", 1)
     assert asked[0] == ("seed", 1)
+
+
+def test_nodes_that_were_learned_of_and_are_gone_do_not_count_against_the_named() -> None:
+    guides = Guides()
+    alive = {("seed", 1)}
+    epoch = 12
+
+    def ask(guide: Host, _questions: Sequence[Question], _deadline_s: float) -> list[Any]:
+        if guide not in alive:
+            raise AWAY
+        owner = A if epoch < 12 else B
+        return [[[0, 16383, owner, C]], NODES.replace(b" 7 ", b" %d " % epoch).replace(b" 9 ", b" %d " % epoch)]
+
+    route = Nodes([("seed", 1)], 100, clock=guides.clock)
+    assert route.find(ask, guides.clock() + 1) == ("h2", 2)
+    epoch = 1
+    for later_s, found in ((0, ("h2", 2)), (29, ("h2", 2)), (2, ("h1", 1))):
+        guides.later_s += later_s
+        route.doubt()
+        assert route.find(ask, guides.clock() + 1) == found
 
 
 def test_a_slot_without_an_owner_is_said() -> None:

@@ -238,12 +238,36 @@ def test_what_a_stopped_primary_says_after_it_was_replaced_does_not_count(
             new = servers.wait_replaced(old)
         finally:
             old.cont()
-        for each in waiting:
-            with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{new.port}. took over while another server was"):
+        took_over = f"127.0.0.1:{new.port}. took over while another server "
+        with pytest.raises(StoreUnavailable, match=f"{took_over}made the write: .* read again before you write again"):
+            waiting[0].result(WITHIN_S)
+        for each in waiting[1:]:
+            with pytest.raises(StoreUnavailable, match=f"{took_over}was asked, whose answer does not count; try again"):
                 each.result(WITHIN_S)
     assert old.run("HGET", NAMES.entries, "a") == b"2 2"
     assert entries(writer) == {"a": (b"1", 1)}
     watch.close()
+
+
+def test_a_late_write_is_acknowledged_only_if_a_sentinel_says_that_the_primary_is_the_same(
+    whole_sentinels: SentinelSet, open_store: OpenStore
+) -> None:
+    servers, store = whole_sentinels, open_store(whole_sentinels)
+    assert put(store, "a", b"1") == 1
+    primary = servers.primary()
+    primary.run("CLIENT", "PAUSE", 700, "ALL")  # a primary that sentinels do not miss yet
+    assert put(store, "a", b"2") == 2
+    for sentinel in servers.sentinels:
+        sentinel.stop()
+    try:
+        primary.run("CLIENT", "PAUSE", 2_000, "ALL")
+        with pytest.raises(StoreUnavailable, match=r"late, and nobody says in time .* read again before you write"):
+            put(store, "a", b"3")
+        primary.run("CLIENT", "PAUSE", 2_000, "ALL")
+        assert entries(store) == {"a": (b"3", 3)}  # what is read is as good as what is known
+    finally:
+        for sentinel in servers.sentinels:
+            sentinel.cont()
 
 
 def test_a_replica_that_is_named_as_the_primary_is_not_taken(

@@ -40,6 +40,7 @@ PRIMARY: Final = "mymaster"
 Tls = tuple[Path, Path, Path]  # CA, certificate, key
 
 _START_S: Final = 30.0  # an end to waiting in vain; a server is up in a few milliseconds
+_REPLACED_S: Final = 90.0  # sentinels that stood still for 2 s do nothing for 30 s, as on a machine that is overloaded
 _ONCE: Final = Retry(NoBackoff(), 0)
 _TRIES: Final = 5  # another process may take the port before the server does
 _REPLICATING: Final = ("--repl-diskless-sync-delay", "0")  # by default 5 s, for further replicas to come
@@ -347,7 +348,7 @@ class SentinelSet:
         """Wait until all sentinels name another primary than `old`; that one."""
         wait_until(
             lambda: all(self._named(sentinel) is not old for sentinel in self.sentinels),
-            _START_S,
+            _REPLACED_S,
             reason="the sentinels name another primary",
         )
         return self.primary()
@@ -366,11 +367,20 @@ class SentinelSet:
         replica = self.other(primary)
         if replica.raw("ROLE")[0] == b"master":  # the sentinels see to that too, within some 10 s
             replica.run("REPLICAOF", "127.0.0.1", primary.port)
+        for sentinel in self.sentinels:
+            self._wake(sentinel)
         self.wait_whole()
 
     def close(self) -> None:
         for server in (*self.sentinels, *self.servers):
             server.close()
+
+    @staticmethod
+    def _wake(sentinel: Sentinel) -> None:
+        """One that stood still for 2 s, stopped or for want of a processor, replaces nobody for the next 30 s."""
+        if sentinel.run("INFO", "sentinel")["sentinel_tilt"]:
+            sentinel.kill()
+            sentinel.start()
 
     def _named(self, sentinel: Sentinel) -> RedisServer:
         _, port = sentinel.raw("SENTINEL", "GET-MASTER-ADDR-BY-NAME", PRIMARY)

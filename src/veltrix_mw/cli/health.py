@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import click
 
-from veltrix_mw import ConfigClient, NeverWritten, Snapshot, StoreError, TierStatus
+from veltrix_mw import ConfigClient, NeverWritten, Snapshot, StoreError, StoreNotFound, TierStatus
 from veltrix_mw.cli import json_text, output
 from veltrix_mw.cli.failure import exit_code, tell
 from veltrix_mw.cli.session import Session, listed, on_store
@@ -57,7 +57,7 @@ class _Mirror:
         """Why there is no relay; empty where there is one."""
         if self.relay is not None:
             return ""
-        if self.state == "unreachable":
+        if self.state in {"unreachable", "not found"}:
             return "the mirror cannot be asked"
         return "nobody feeds the mirror; run `veltrix relay`, or let workers that may write it stand for election"
 
@@ -68,7 +68,8 @@ def status(session: Session) -> None:
     """Show how the authority and the mirror do.
 
     The exit code tells of the authority. A mirror that is unreachable, empty, stale (nobody feeds it) or behind is a
-    warning: workers follow the authority meanwhile.
+    warning: workers follow the authority meanwhile. It is not found where no sentinel, or no node of a cluster, says
+    where it is: workers that knew that before go on with it.
     """
     with session.client(mirrored=True) as client:
         authority = _ask_authority(client)
@@ -82,7 +83,10 @@ def status(session: Session) -> None:
     if unwritten:
         click.echo(f"warning: {json_text.plain(unwritten)}", err=True)
     if mirror is not None and mirror.error:
-        said = f"the mirror is {mirror.state}, and workers follow the authority meanwhile: {mirror.error}"
+        meanwhile = "workers follow the authority meanwhile"
+        if mirror.state == "not found":
+            meanwhile = "only workers that knew its server before may follow it meanwhile"
+        said = f"the mirror is {mirror.state}, and {meanwhile}: {mirror.error}"
         click.echo(f"warning: {json_text.plain(said)}", err=True)
     if authority.error is not None:
         tell(authority.error, as_json=session.as_json)
@@ -114,6 +118,8 @@ def _ask_mirror(client: ConfigClient, snapshot: Snapshot | None) -> _Mirror | No
         begun_s = time.monotonic()
         try:
             state = client.mirror_state()
+        except StoreNotFound as exc:
+            return _Mirror("not found", str(exc))
         except StoreError as exc:
             return _Mirror("unreachable", str(exc))
         if state is None:

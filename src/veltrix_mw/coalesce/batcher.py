@@ -9,7 +9,8 @@ import contextvars
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from veltrix_mw.coalesce.flight import Flight
@@ -17,7 +18,7 @@ from veltrix_mw.coalesce.single_flight import TIMEOUT_S, SingleFlight
 from veltrix_mw.errors import Overloaded, StoreError, StoreUnavailable
 from veltrix_mw.forking import anew_after_fork
 
-__all__ = ["Batcher"]
+__all__ = ["Batcher", "Elsewhere"]
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -28,6 +29,16 @@ MAX_HUNG: Final = 4  # threads whose call hangs and that others took the place o
 CLOSE_S: Final = 2.0  # a process that ends is not held up for longer
 
 _NOTHING: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Answers for a key that somebody else is to bring, who says so by `settle` or `wake`.
+
+    If nobody does until `until_s`, by the batcher's clock, the key goes with the next batch again.
+    """
+
+    until_s: float
 
 
 class Batcher(Generic[K, V]):
@@ -41,7 +52,7 @@ class Batcher(Generic[K, V]):
 
     def __init__(
         self,
-        load_many: Callable[[Sequence[K]], Mapping[K, V | Exception]],
+        load_many: Callable[[Sequence[K]], Mapping[K, V | Exception | Elsewhere]],
         *,
         max_items: int = MAX_ITEMS,
         max_waiting: int = MAX_WAITING,
@@ -63,7 +74,10 @@ class Batcher(Generic[K, V]):
         self._condition = threading.Condition()  # protects what follows; held for a few operations on the queue
         self._waiting: deque[tuple[K, Flight[V]]] = deque()
         self._thread: threading.Thread | None = None  # the one that takes from the queue
-        self._calling_since_s: float | None = None  # when its call began
+        self._parked: dict[K, tuple[Flight[V], float]] = {}  # what is brought elsewhere, and until when that is awaited
+        self._calling: set[K] = set()  # what the calls that are under way were given
+        self._met: dict[K, Any] = {}  # what of that was woken (`_NOTHING`) or settled meanwhile
+        self._calling_since_s: float | None = None  # when the thread's call began
         self._hung = 0  # threads that another took the place of, and whose call has not returned
         self._closed = False
         anew_after_fork(self)
@@ -102,12 +116,32 @@ class Batcher(Generic[K, V]):
         with self._condition:
             self._closed = True
             waiting, self._waiting = self._waiting, deque()
+            self._parked.clear()
             thread = self._thread
             self._condition.notify_all()
         _fail([flight for _, flight in waiting], _closed())
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout_s)
         self._flights.abandon(_closed())
+
+    def wake(self, keys: Iterable[K]) -> None:
+        """Let those of `keys` that are awaited from elsewhere go with the next batch; no other is touched."""
+        with self._condition:
+            for key in keys:
+                if (parked := self._parked.pop(key, None)) is not None:
+                    self._waiting.appendleft((key, parked[0]))
+                    self._condition.notify()
+                elif key in self._calling:
+                    self._met.setdefault(key, _NOTHING)  # it came before it was known to be awaited
+
+    def settle(self, key: K, answer: V | Exception) -> None:
+        """Answer for a key that is awaited from elsewhere; no other is touched."""
+        with self._condition:
+            parked = self._parked.pop(key, None)
+            if parked is None and key in self._calling:
+                self._met[key] = answer
+        if parked is not None:
+            _answer(parked[0], answer)
 
     # --- the queue
 
@@ -118,7 +152,7 @@ class Batcher(Generic[K, V]):
                 if self._closed:
                     raise _closed()
                 late = self._without_late()
-                if len(self._waiting) >= self._max_waiting:
+                if len(self._waiting) + len(self._parked) >= self._max_waiting:
                     raise Overloaded(f"{self._max_waiting} keys wait to be loaded, which is the most; try again later")
                 self._waiting.append((key, flight))
                 self._condition.notify()
@@ -131,7 +165,7 @@ class Batcher(Generic[K, V]):
             _end(late)
 
     def _without_late(self) -> list[Flight[V]]:
-        """Take those from the queue whom nobody waits for any more. Needs the lock; ascending, as all have one time."""
+        """Take those from the queue's head whom nobody waits for any more. Needs the lock."""
         late: list[Flight[V]] = []
         while self._waiting and self._waiting[0][1].deadline_s <= self._clock():
             late.append(self._waiting.popleft()[1])
@@ -163,42 +197,81 @@ class Batcher(Generic[K, V]):
                     self._hung -= 1
                     return
                 self._calling_since_s = None
-                self._condition.wait_for(lambda: self._waiting or self._closed)
+                while not self._closed and not self._has_waiting():
+                    self._condition.wait(self._next_due_in_s())
                 if self._closed:
                     return
                 late = self._without_late()
                 batch = [self._waiting.popleft() for _ in range(min(self._max_items, len(self._waiting)))]
+                self._calling.update(key for key, _ in batch)
                 self._calling_since_s = self._clock()
             _end(late)
             if batch:
                 self._load(batch)
             del batch, late  # nothing is held on to while it waits for more
 
+    def _has_waiting(self) -> bool:
+        """Whether there is something to load, be it that was awaited for long enough. Needs the lock."""
+        if self._parked:
+            now_s = self._clock()
+            for key in [key for key, (_, until_s) in self._parked.items() if until_s <= now_s]:
+                self._waiting.appendleft((key, self._parked.pop(key)[0]))
+        return bool(self._waiting)
+
+    def _next_due_in_s(self) -> float | None:
+        if not self._parked:
+            return None
+        return max(0.0, min(until_s for _, until_s in self._parked.values()) - self._clock())
+
     def _load(self, batch: Sequence[tuple[K, Flight[V]]]) -> None:
         try:
             found = self._load_many([key for key, _ in batch])
             answers = [found.get(key, _NOTHING) for key, _ in batch]
         except BaseException as exc:  # noqa: BLE001  # whatever it is, it is told to who waits; the thread goes on
-            _fail([flight for _, flight in batch], exc)
-        else:
-            for (_, flight), answer in zip(batch, answers, strict=True):
-                _answer(flight, answer)
-        finally:
-            # An exception holds this frame by its traceback, and this frame the flights that hold the exception.
-            del batch
+            answers = [exc] * len(batch)
+        _answer_all(batch, self._returned(batch, answers))
+        del batch, answers  # an exception holds this frame by its traceback, and this frame who holds the exception
+
+    def _returned(self, batch: Sequence[tuple[K, Flight[V]]], answers: Sequence[Any]) -> Sequence[Any]:
+        """The call has ended: park what it left to others, unless they were done with it already."""
+        with self._condition:
+            said = []
+            for (key, flight), answer in zip(batch, answers, strict=True):
+                self._calling.discard(key)
+                met = self._met.pop(key, None)
+                if not isinstance(answer, Elsewhere) or self._closed:
+                    pass
+                elif met is None:
+                    self._parked[key] = flight, answer.until_s
+                elif met is _NOTHING:
+                    self._waiting.appendleft((key, flight))
+                else:
+                    answer = met  # noqa: PLW2901
+                said.append(answer)
+            self._condition.notify_all()  # who waits may be another thread, and has to wait less long
+            return said
 
     def _after_fork(self) -> None:
         self._condition = threading.Condition()
         self._waiting = deque()
+        self._parked = {}
+        self._calling = set()
+        self._met = {}
         self._thread = None
         self._calling_since_s = None
         self._hung = 0
 
 
+def _answer_all(batch: Sequence[tuple[K, Flight[V]]], answers: Sequence[Any]) -> None:
+    for (_, flight), answer in zip(batch, answers, strict=True):
+        if not isinstance(answer, Elsewhere):
+            _answer(flight, answer)
+
+
 def _answer(flight: Flight[V], answer: Any) -> None:
     if answer is _NOTHING:
         flight.fail(StoreError("load_many gave no answer for a key that it was asked for; let it answer for each"))
-    elif isinstance(answer, Exception):
+    elif isinstance(answer, BaseException):
         flight.fail(answer)
     else:
         flight.land(answer)

@@ -44,8 +44,8 @@ class Flight(Generic[T]):
     ) -> None:
         """`on_landing` is called each time that it is told to land, before anybody who waits hears of it."""
         self._clock = clock
-        self.began_s = clock()
-        self.deadline_s = self.began_s + timeout_s
+        self.began_s: float = clock()
+        self.deadline_s: float = self.began_s + timeout_s
         self._on_landing = on_landing
         self._landed = threading.Event()
         self._lock = threading.Lock()  # protects what follows until it has landed; held for a few assignments

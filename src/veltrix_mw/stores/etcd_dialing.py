@@ -100,6 +100,10 @@ class Dialer:
                     may_have_run=False,
                     in_vain=True,
                 )
+            case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
+                return Failed(
+                    f"etcd at {where} ended the TLS connection without a word; is it a TLS port? Its log says why"
+                )
             case ssl.SSLError() if "ALERT" in reason_of(cause):
                 return Failed(f"etcd at {where} ended the TLS handshake ({reason_of(cause)}); its log says why")
             case ssl.SSLError():

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TypeVar
 
+import msgspec
 from urllib3.util import ssl_wrap_socket
 
 from veltrix_mw.settings import Host, shown
@@ -93,7 +94,7 @@ class Gateway:
             if response.status != 200:
                 raise self._refusal(response, answer, host, by_s)
             try:
-                return decode(answer, method.answer)
+                return self._first(answer, method, host) if method.is_stream else decode(answer, method.answer)
             except ValueError as exc:
                 raise no_etcd(host) from exc
 
@@ -122,6 +123,16 @@ class Gateway:
 
     def drop(self, host: Host | None = None) -> None:
         self.pool.drop(host)
+
+    @staticmethod
+    def _first(body: bytes, method: Method[A], host: Host) -> A:
+        """The one message of a stream."""
+        if not body:
+            raise Failed(f"etcd at {shown(host)} ended the stream without an answer")  # it lost its leader
+        said = decode(body, _First)
+        if said.error is not None:
+            raise Refused(said.error.message)
+        return decode(bytes(said.result), method.answer)
 
     @staticmethod
     def _head(host: Host, path: str, body: bytes, token: str) -> bytes:
@@ -227,6 +238,13 @@ class _Refusal(Answer, frozen=True):
 
 class _StreamError(Answer, frozen=True):
     message: str = ""
+
+
+class _First(Answer, frozen=True):
+    """A stream of one message."""
+
+    result: msgspec.Raw = msgspec.Raw(b"{}")
+    error: _StreamError | None = None
 
 
 class _Line(Answer, frozen=True):

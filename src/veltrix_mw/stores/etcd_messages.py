@@ -13,6 +13,8 @@ import msgspec
 
 __all__ = [
     "AUTHENTICATE",
+    "GRANT_LEASE",
+    "KEEP_LEASE",
     "RANGE",
     "STATUS",
     "TRANSACT",
@@ -22,7 +24,11 @@ __all__ = [
     "Compare",
     "Event",
     "Header",
+    "KeepLease",
     "KeyValue",
+    "LeaseAsked",
+    "LeaseGranted",
+    "LeaseKept",
     "Message",
     "Method",
     "Operation",
@@ -67,8 +73,11 @@ class Range(Message, frozen=True):
 
 
 class Put(Message, frozen=True):
+    """A key's new value; it is deleted when the etcd lease of the number `lease` ends, 0 for never."""
+
     key: bytes
     value: bytes
+    lease: int = 0
 
 
 class DeleteRange(Message, frozen=True):
@@ -87,8 +96,8 @@ class Operation(Message, frozen=True):
         return cls(request_range=asked)
 
     @classmethod
-    def put(cls, key: bytes, value: bytes) -> Operation:
-        return cls(request_put=Put(key, value))
+    def put(cls, key: bytes, value: bytes, *, lease: int = 0) -> Operation:
+        return cls(request_put=Put(key, value, lease))
 
     @classmethod
     def delete(cls, key: bytes) -> Operation:
@@ -137,6 +146,18 @@ class WatchAsked(Message, frozen=True):
     create_request: WatchCreate | None = None
 
 
+class LeaseAsked(Message, frozen=True):
+    """A new lease of etcd's, for so many seconds."""
+
+    ttl: int = msgspec.field(default=0, name="TTL")
+
+
+class KeepLease(Message, frozen=True):
+    """The lease of that number is to last for its seconds again, from now on."""
+
+    lease: int = msgspec.field(default=0, name="ID")
+
+
 class StatusAsked(Message, frozen=True):
     pass
 
@@ -167,6 +188,7 @@ class KeyValue(Message, frozen=True):
     create_revision: int = 0
     mod_revision: int = 0
     version: int = 0
+    lease: int = 0
 
 
 class Answer(Message, frozen=True):
@@ -200,6 +222,17 @@ class Authenticated(Answer, frozen=True):
     token: str = ""
 
 
+class LeaseGranted(Answer, frozen=True):
+    lease: int = msgspec.field(default=0, name="ID")
+    ttl: int = msgspec.field(default=0, name="TTL")
+
+
+class LeaseKept(Answer, frozen=True):
+    """`ttl` is in how many seconds it ends; 0 where there is no such lease."""
+
+    ttl: int = msgspec.field(default=0, name="TTL")
+
+
 class Event(Message, frozen=True):
     kv: KeyValue = KeyValue()
     type: Literal["PUT", "DELETE"] = "PUT"
@@ -228,15 +261,21 @@ A = TypeVar("A")
 
 @dataclass(frozen=True, slots=True)
 class Method(Generic[A]):
-    """A method of etcd's: its path in the gateway, its name in gRPC, and what it answers."""
+    """A method of etcd's: its path in the gateway, its name in gRPC, and what it answers.
+
+    `is_stream`: it takes a stream and answers with one; a call is of one message each way.
+    """
 
     path: str
     name: str
     answer: type[A]
+    is_stream: bool = False
 
 
 RANGE: Final = Method("/v3/kv/range", "/etcdserverpb.KV/Range", Ranged)
 TRANSACT: Final = Method("/v3/kv/txn", "/etcdserverpb.KV/Txn", Transacted)
+GRANT_LEASE: Final = Method("/v3/lease/grant", "/etcdserverpb.Lease/LeaseGrant", LeaseGranted)
+KEEP_LEASE: Final = Method("/v3/lease/keepalive", "/etcdserverpb.Lease/LeaseKeepAlive", LeaseKept, is_stream=True)
 AUTHENTICATE: Final = Method("/v3/auth/authenticate", "/etcdserverpb.Auth/Authenticate", Authenticated)
 STATUS: Final = Method("/v3/maintenance/status", "/etcdserverpb.Maintenance/Status", Status)
 

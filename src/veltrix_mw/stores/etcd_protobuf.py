@@ -73,7 +73,11 @@ _FIELDS: Final[Mapping[type[Any], tuple[_Field, ...]]] = {
         _Field(10, "min_mod_revision", _Kind.WHOLE),
         _Field(11, "max_mod_revision", _Kind.WHOLE),
     ),
-    messages.Put: (_Field(1, "key", _Kind.BYTES), _Field(2, "value", _Kind.BYTES)),
+    messages.Put: (
+        _Field(1, "key", _Kind.BYTES),
+        _Field(2, "value", _Kind.BYTES),
+        _Field(3, "lease", _Kind.WHOLE),
+    ),
     messages.DeleteRange: (_Field(1, "key", _Kind.BYTES),),
     messages.Operation: (
         _Field(1, "request_range", _Kind.ONE, messages.Range),
@@ -101,6 +105,8 @@ _FIELDS: Final[Mapping[type[Any], tuple[_Field, ...]]] = {
     ),
     messages.WatchAsked: (_Field(1, "create_request", _Kind.ONE, messages.WatchCreate),),
     messages.Authenticate: (_Field(1, "name", _Kind.TEXT), _Field(2, "password", _Kind.TEXT)),
+    messages.LeaseAsked: (_Field(1, "ttl", _Kind.WHOLE),),
+    messages.KeepLease: (_Field(1, "lease", _Kind.WHOLE),),
     messages.StatusAsked: (),
     messages.Header: (
         _Field(1, "cluster_id", _Kind.DIGITS),
@@ -114,6 +120,7 @@ _FIELDS: Final[Mapping[type[Any], tuple[_Field, ...]]] = {
         _Field(3, "mod_revision", _Kind.WHOLE),
         _Field(4, "version", _Kind.WHOLE),
         _Field(5, "value", _Kind.BYTES),
+        _Field(6, "lease", _Kind.WHOLE),
     ),
     messages.Ranged: (
         _HEADER,
@@ -128,6 +135,8 @@ _FIELDS: Final[Mapping[type[Any], tuple[_Field, ...]]] = {
         _Field(3, "responses", _Kind.MANY, messages.Result),
     ),
     messages.Authenticated: (_HEADER, _Field(2, "token", _Kind.TEXT)),
+    messages.LeaseGranted: (_HEADER, _Field(2, "lease", _Kind.WHOLE), _Field(3, "ttl", _Kind.WHOLE)),
+    messages.LeaseKept: (_HEADER, _Field(3, "ttl", _Kind.WHOLE)),
     messages.Status: (
         _HEADER,
         _Field(2, "version", _Kind.TEXT),

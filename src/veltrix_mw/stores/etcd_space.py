@@ -7,6 +7,10 @@ Owns the layout and the fingerprints. Pure: knows neither requests nor answers b
     <namespace>/<key>                      an entry: JSON text (`prefix` stands in place of `<namespace>/`)
     .veltrix/<namespace>/incarnation       the label
     .veltrix/<namespace>/change            the record of the newest write of ours, overwritten in each
+    .veltrix/<namespace>/lease:<name>      a lease that is held: `<token> <holder>`, for as long as its lease of etcd's
+    .veltrix/<namespace>/token:<name>      the last fencing token of that lease
+
+A lease's name is one segment, so that none of these is another namespace's: a namespace may have slashes.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from veltrix_mw.keys import is_key, outermost
 from veltrix_mw.protocols import ChangeRecord
 from veltrix_mw.stores.etcd_messages import KeyValue, prefix_end
 
-__all__ = ["Change", "Space", "agrees", "foreign_mark", "is_derived"]
+__all__ = ["Change", "Space", "agrees", "foreign_mark", "is_derived", "lease_key", "token_key"]
 
 _FOREIGN: Final = "x:"  # the mark of a revision that someone else wrote: what it put ...
 _OURS: Final = "r:"  # ... and of our own: the random mark in its record
@@ -107,6 +111,16 @@ class Space:
     def value(self, stored: bytes) -> bytes:
         """What is handed on of a stored value."""
         return _as_json(stored) if self._is_text else stored
+
+
+def lease_key(namespace: str, name: str) -> bytes:
+    """Where the lease of that name is."""
+    return f".veltrix/{namespace}/lease:{name}".encode()
+
+
+def token_key(namespace: str, name: str) -> bytes:
+    """The last fencing token of the lease of that name."""
+    return f".veltrix/{namespace}/token:{name}".encode()
 
 
 def foreign_mark(put: Iterable[tuple[bytes, bytes]]) -> str:

@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
-from typing import Final
+from typing import Final, TypeGuard
 
 from veltrix_mw.errors import AuthFailed, Compacted, StoreError, StoreUnavailable
 from veltrix_mw.protocols import (
     Batch,
     ChangeRecord,
     Confirmation,
+    Filled,
+    FoundUnits,
     Listing,
     Mirror,
     MirrorState,
@@ -33,11 +35,12 @@ from veltrix_mw.protocols import (
     RawVersion,
     Store,
     StoreInfo,
+    UnitMirror,
     Watch,
 )
 from veltrix_mw.stores.tiers import Tier, Tiers
 
-__all__ = ["MirroredStore"]
+__all__ = ["MirroredStore", "holds_units"]
 
 LOOK_TIMEOUT_S: Final = 0.5
 """The most that a look at the mirror may keep the authority's changes waiting."""
@@ -82,6 +85,7 @@ class MirroredStore:
         self._was_followed = False  # whether the mirror ever was
         self._unfollowed = 0  # how often in a row a mirror that is well could not be followed
         self._pid = os.getpid()
+        self.on_filled: Filled | None = None  # whoever waits for units that the mirror was asked for
 
     def _new_tiers(self) -> Tiers:
         # Seeded by the process: the workers of a preloaded server fork from one state, and would move in step.
@@ -145,7 +149,11 @@ class MirroredStore:
             except StoreError as exc:
                 raise self._moved_back(exc) from exc
         try:
-            watch = _MirrorWatch(self, self.mirror.watch(position, timeout_s=timeout_s))
+            if self.info.lazy and holds_units(self.mirror):
+                followed = self.mirror.watch(position, timeout_s=timeout_s, filled=self._filled)
+            else:
+                followed = self.mirror.watch(position, timeout_s=timeout_s)
+            watch = _MirrorWatch(self, followed)
         except StoreError as exc:
             raise self._left_mirror(exc) from exc
         self._was_followed = True
@@ -221,6 +229,35 @@ class MirroredStore:
 
     def read_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> dict[str, RawUnit]:
         return self.authority.read_units(names, position, timeout_s=timeout_s)
+
+    # --- lazy units in the mirror
+
+    def find_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> FoundUnits | None:
+        """Those of `names` that the mirror holds, none of them older than `position`.
+
+        None where it is not followed, or cannot tell: read the authority.
+        """
+        with self._lock:
+            current = self._tiers.current
+        if current is not Tier.MIRROR or not holds_units(self.mirror):
+            return None
+        try:
+            found = self.mirror.find_units(names, timeout_s=timeout_s)
+        except StoreError:
+            return None  # that it is away its follower finds out
+        stands = found.state.position
+        if stands.incarnation != position.incarnation or stands.revision < position.revision:
+            return None
+        return found
+
+    def want_units(self, names: Sequence[str], *, timeout_s: float) -> None:
+        """Ask the mirror's relay for units; `on_filled` is told when they are there. Raises `StoreError`."""
+        assert holds_units(self.mirror)
+        self.mirror.want_units(names, timeout_s=timeout_s)
+
+    def _filled(self, names: Sequence[str]) -> None:
+        if self.on_filled is not None:
+            self.on_filled(names)
 
     def close(self) -> None:
         """Close both tiers. Idempotent; a later call opens anew."""
@@ -369,6 +406,11 @@ class MirroredStore:
             self._lock = threading.Lock()  # a thread of the parent may have held it
             parents, self._tiers = self._tiers, self._new_tiers()
             self._tiers.inherit(parents)
+
+
+def holds_units(mirror: Mirror) -> TypeGuard[UnitMirror]:
+    """Whether a mirror holds lazy units, too; one that was handed in need not."""
+    return hasattr(mirror, "find_units") and hasattr(mirror, "want_units")
 
 
 def _unanswered(error: StoreError) -> str:

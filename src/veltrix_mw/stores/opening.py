@@ -1,4 +1,4 @@
-"""Opening: from a URL to the store, the mirror or the probe that it names.
+"""Opening: from a URL to the store, the mirror, the leases or the probe that it names.
 
 Owns which scheme is which store, and imports a backend only when its scheme is asked for.
 """
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from veltrix_mw.errors import SettingsError
-from veltrix_mw.protocols import Store
+from veltrix_mw.protocols import LeaseStore, Store
 from veltrix_mw.settings import StoreUrl
 
 if TYPE_CHECKING:
@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from veltrix_mw.stores.redis_probe import RedisProbe
     from veltrix_mw.stores.sqlite_probe import SqliteProbe
 
-__all__ = ["adopt_store", "open_mirror", "open_mirror_probe", "open_probe", "open_store"]
+__all__ = [
+    "adopt_leases",
+    "adopt_store",
+    "open_leases",
+    "open_mirror",
+    "open_mirror_probe",
+    "open_probe",
+    "open_store",
+]
 
 
 def open_store(url: StoreUrl, *, lazy: Sequence[str] = ()) -> Store:
@@ -67,6 +75,49 @@ def adopt_store(client: EtcdClient, *, namespace: str, lazy: Sequence[str] = ())
     return EtcdStore(
         [adopted.host], namespace=namespace, tls=adopted.is_secure, lazy=lazy, transport=adopted, login=LOGIN
     )
+
+
+def open_leases(url: StoreUrl) -> LeaseStore:
+    """The leases of `url`; nothing is connected or read before its first call.
+
+    Options that say how the store's entries are kept say nothing of leases, so that one URL will do for both. Raises
+    `SettingsError` where the scheme's driver is not installed, or it keeps no leases.
+    """
+    options = url.options
+    login: dict[str, Any] = {"user": url.user, "password": url.password}
+    files: dict[str, Any] = {name: options.get(name) for name in ("ca", "cert", "key")}
+    if url.is_redis:
+        with _driver(url, "redis"):
+            from veltrix_mw.stores.redis_leases import RedisLeases
+            from veltrix_mw.stores.redis_link import RedisLink
+        from veltrix_mw.stores.redis_routes import route_of
+
+        link = RedisLink(route_of(url), db=url.db, namespace=url.namespace, tls=url.tls, **login, **files)
+        waits: dict[str, Any] = {each: options[each] for each in ("wait_replicas", "wait_timeout_s") if each in options}
+        return RedisLeases(link, url.namespace, **waits)
+    if url.scheme not in {"etcd", "etcds"}:
+        raise SettingsError(
+            f"a lease is held in etcd or Redis, not in {url.scheme}://; write for example "
+            "etcd://h1:2379,h2:2379,h3:2379/shop or redis://h1:6379/0?namespace=shop"
+        )
+    from veltrix_mw.stores.etcd_leases import EtcdLeases
+    from veltrix_mw.stores.etcd_transports import make_transport
+    from veltrix_mw.stores.tls import Tls
+
+    is_grpc = options.get("transport") == "grpc"
+    with _driver(url, "grpc" if is_grpc else "urllib3"):
+        transport = make_transport("grpc" if is_grpc else "gateway", Tls(**files) if url.tls else None)
+    timeout: dict[str, Any] = {"timeout_s": options["timeout_s"]} if "timeout_s" in options else {}
+    return EtcdLeases(url.hosts, transport, namespace=url.namespace, **login, **timeout)
+
+
+def adopt_leases(client: EtcdClient, *, namespace: str) -> LeaseStore:
+    """Leases over a client of etcd's that the caller made, and closes. Raises `SettingsError`."""
+    from veltrix_mw.stores.etcd_adopted import LOGIN, Adopted
+    from veltrix_mw.stores.etcd_leases import EtcdLeases
+
+    adopted = Adopted(client)
+    return EtcdLeases([adopted.host], adopted, namespace=namespace, login=LOGIN)
 
 
 def open_mirror(url: StoreUrl) -> RedisMirror:

@@ -189,7 +189,7 @@ class RedisStore:
             expected = "" if operation.expected is None else str(operation.expected)
             arguments += [operation.key, "-" if gone else "+", operation.value or b"", expected]
         ends_s = time.monotonic() + timeout_s
-        with self._link.session(timeout_s) as connection:
+        with self._link.session(timeout_s, writes=True) as connection:
             if self._wait_replicas:
                 connection.execute("WAIT", 0, 1)  # whoever may not wait is told so before anything is written
             said, *rest = connection.run(COMMIT, (self._names.entries, self._names.changes), arguments)

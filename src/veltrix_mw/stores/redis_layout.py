@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from hashlib import sha1
 from typing import Any, Final
 
-from veltrix_mw.keys import is_key
+from veltrix_mw.keys import is_key, unit_of
 from veltrix_mw.protocols import Batch, ChangeRecord, Lease, MirrorState, Position, RawChange
+from veltrix_mw.stores.units import MAX_UNIT_KEYS
 from veltrix_mw.values import MISSING, Missing
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "COMMIT",
     "ELECT",
     "FILL",
+    "FILL_UNITS",
     "GRANT",
     "KEEP",
     "MAX_CHANGES",
@@ -81,6 +83,7 @@ class Names:
         self.lease = f"{self.base}lease"
         self.token = f"{self.base}token"
         self.wanted = f"{self.base}wanted"
+        self.filled = f"{self.base}filled"
 
     def lease_of(self, name: str) -> str:
         """Where the lease of that name is; the relay's own is `lease`."""
@@ -89,6 +92,10 @@ class Names:
     def token_of(self, name: str) -> str:
         """The last fencing token of the lease of that name."""
         return f"{self.base}token:{name}"
+
+    def unit(self, name: str) -> str:
+        """Where the lazy unit of that name is."""
+        return f"{self.base}unit:{name}"
 
     def filling(self, token: int) -> str:
         """Where the relay of that fencing token prepares what will replace the entries."""
@@ -129,12 +136,16 @@ META_FIELDS: Final = (
     "#lazy",
     "#proved",
     "#token",
+    "#units",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """Where a namespace stands. `digest`, `lazy`, `proved_us` and `token` are a mirror's."""
+    """Where a namespace stands. `digest`, `lazy`, `proved_us`, `token` and `units` are a mirror's.
+
+    `units` names the fill since which units are kept current: a unit of another one is none.
+    """
 
     kind: bytes
     position: Position
@@ -143,6 +154,7 @@ class Meta:
     lazy: tuple[str, ...] = ()
     proved_us: int | None = None
     token: int = 0
+    units: bytes = b""
 
     @property
     def revision(self) -> int:
@@ -151,7 +163,7 @@ class Meta:
 
 def meta_of(values: Sequence[bytes | None]) -> Meta | None:
     """The meta in the values of `META_FIELDS`; None where the hash has none."""
-    form, kind, incarnation, revision, mark, count, digest, lazy, proved, token = values
+    form, kind, incarnation, revision, mark, count, digest, lazy, proved, token, units = values
     if form is None:
         return None
     if form != FORMAT:
@@ -165,6 +177,7 @@ def meta_of(values: Sequence[bytes | None]) -> Meta | None:
             tuple((lazy or b"").decode().split()),
             int(proved) if proved else None,
             int(token or 0),
+            units or b"",
         )
     except ValueError:
         raise NotOurs("field '#revision', '#count' or another that begins with '#', with a value that") from None
@@ -226,7 +239,7 @@ class StreamEntry:
 
     `previous` is the position before it, of the incarnation that the entry has. `before` is what an authority's entry
     says of each changed key as it was: value and `mod_revision`, None where it was absent. `relist`: the changes are
-    not in here, list instead. `left_out` are the prefixes whose changes a mirror's entry does not have.
+    not in here, list instead. `left_out` are the prefixes that a mirror's hash does not have; changes there are.
     """
 
     position: Position
@@ -427,6 +440,11 @@ if held then
     redis.call('PEXPIRE', KEYS[1], ARGV[2])
     left = tonumber(ARGV[2])
   end
+  local at = string.find(held, ' ', 1, true)
+  if at and string.sub(held, at + 1) == ARGV[1] then -- granted already, and the answer was lost
+    redis.call('PEXPIRE', KEYS[1], ARGV[2])
+    return {'ok', string.sub(held, 1, at - 1)}
+  end
   return {'held', held, left}
 end
 -- At least the clock: a Redis that lost the counter must not give out a token that somebody still holds.
@@ -454,25 +472,33 @@ return {'ok'}
 )
 
 APPEND: Final = Script(
-    """-- KEYS entries, changes, lease; ARGV the lease, its token, incarnation, previous revision, revision, mark,
--- record, count, digest, revisions kept, bytes kept, '1' to leave the changes out of the stream; then '+key' or '-key',
--- and value
-if redis.call('GET', KEYS[3]) ~= ARGV[1] then return {'lost'} end
+    f"""-- KEYS entries, changes, lease, then lazy units; ARGV the lease, its token, incarnation, previous revision,
+-- revision, mark, record, count, digest, revisions kept, bytes kept, '1' to leave the changes out of the stream, how
+-- many changes are eager; then each of those, '+key' or '-key' and value; then each lazy one, which of KEYS it is of,
+-- '+key' or '-key', and value
+if redis.call('GET', KEYS[3]) ~= ARGV[1] then return {{'lost'}} end
 local entries, revision = KEYS[1], ARGV[5]
 local meta = redis.call('HMGET', entries, '#format', '#kind', '#incarnation', '#revision', '#mark', '#token', '#bytes',
-  '#lazy')
-if meta[1] and meta[2] ~= 'mirror' then return {'kind'} end
-if meta[1] ~= '1' or meta[3] ~= ARGV[3] or meta[4] ~= ARGV[4] then return {'elsewhere'} end
-if tonumber(meta[6] or '0') > tonumber(ARGV[2]) then return {'lost'} end
+  '#lazy', '#units')
+if meta[1] and meta[2] ~= 'mirror' then return {{'kind'}} end
+if meta[1] ~= '1' or meta[3] ~= ARGV[3] or meta[4] ~= ARGV[4] then return {{'elsewhere'}} end
+if tonumber(meta[6] or '0') > tonumber(ARGV[2]) then return {{'lost'}} end
 local before = meta[7] or '0'
-local said = {'prev', meta[4] .. ' ' .. (meta[5] or ''), 'incarnation', ARGV[3], 'mark', ARGV[6], 'record', ARGV[7],
-  'bytes', before}
+local said = {{'prev', meta[4] .. ' ' .. (meta[5] or ''), 'incarnation', ARGV[3], 'mark', ARGV[6], 'record', ARGV[7],
+  'bytes', before}}
 if meta[8] and meta[8] ~= '' then
   said[#said + 1] = 'lazy'
   said[#said + 1] = meta[8]
 end
-local put, gone = {}, {}
-for at = 13, #ARGV, 2 do
+local function say(at)
+  if ARGV[12] ~= '1' then
+    said[#said + 1] = ARGV[at]
+    said[#said + 1] = ARGV[at + 1]
+  end
+end
+local put, gone = {{}}, {{}}
+local lazy = 14 + 2 * tonumber(ARGV[13])
+for at = 14, lazy - 1, 2 do
   local key = string.sub(ARGV[at], 2)
   if string.sub(ARGV[at], 1, 1) == '+' then
     put[#put + 1] = key
@@ -480,11 +506,9 @@ for at = 13, #ARGV, 2 do
   else
     gone[#gone + 1] = key
   end
-  if ARGV[12] ~= '1' then
-    said[#said + 1] = ARGV[at]
-    said[#said + 1] = ARGV[at + 1]
-  end
+  say(at)
 end
+for at = lazy, #ARGV, 3 do say(at + 1) end
 if ARGV[12] == '1' then
   said[#said + 1] = 'relist'
   said[#said + 1] = '1'
@@ -511,14 +535,35 @@ if dropped > 0 then
 end
 local added = redis.pcall('XADD', KEYS[2], 'MAXLEN', exactly, kept, revision .. '-0', unpack(said))
 if type(added) == 'table' and added.err then
-  if string.find(added.err, 'ID specified', 1, true) then return {'elsewhere'} end
+  if string.find(added.err, 'ID specified', 1, true) then return {{'elsewhere'}} end
   return added
 end
 for from = 1, #put, 2000 do redis.call('HSET', entries, unpack(put, from, math.min(from + 1999, #put))) end
 for from = 1, #gone, 2000 do redis.call('HDEL', entries, unpack(gone, from, math.min(from + 1999, #gone))) end
 redis.call('HSET', entries, '#revision', revision, '#mark', ARGV[6], '#count', ARGV[8], '#digest', ARGV[9],
   '#token', ARGV[2], '#bytes', string.format('%.0f', total))
-return {'ok'}
+-- A unit that is there goes on with the mirror; one that is not is read when it is wanted.
+local kept_current = {{}}
+for at = lazy, #ARGV, 3 do
+  local unit, key = KEYS[tonumber(ARGV[at])], string.sub(ARGV[at + 1], 2)
+  if kept_current[unit] == nil then
+    local held = redis.call('HMGET', unit, '#unit', '#refused')
+    kept_current[unit] = held[1] and not held[2] and string.match(held[1], '^%S+') == meta[9] or false
+    if kept_current[unit] then redis.call('HSET', unit, '#unit', meta[9] .. ' ' .. revision) end
+  end
+  if not kept_current[unit] then
+    redis.call('UNLINK', unit)
+  elseif string.sub(ARGV[at + 1], 1, 1) == '-' then
+    redis.call('HDEL', unit, key)
+  else
+    redis.call('HSET', unit, key, revision .. ' ' .. ARGV[at + 2])
+    if redis.call('HLEN', unit) > {MAX_UNIT_KEYS + 1} then
+      kept_current[unit] = false
+      redis.call('UNLINK', unit)
+    end
+  end
+end
+return {{'ok'}}
 """
 )
 
@@ -541,7 +586,8 @@ if last then
 end
 if redis.call('HLEN', filling) ~= tonumber(ARGV[6]) then return {'torn'} end
 redis.call('HSET', filling, '#format', '1', '#kind', 'mirror', '#incarnation', ARGV[3], '#revision', ARGV[4],
-  '#mark', ARGV[5], '#count', ARGV[6], '#digest', ARGV[7], '#lazy', ARGV[8], '#token', ARGV[2])
+  '#mark', ARGV[5], '#count', ARGV[6], '#digest', ARGV[7], '#lazy', ARGV[8], '#token', ARGV[2],
+  '#units', ARGV[2] .. '-' .. ARGV[4])
 redis.call('PERSIST', filling)
 redis.call('RENAME', filling, entries)
 redis.call('UNLINK', changes)
@@ -549,6 +595,29 @@ if ARGV[4] ~= '0' then
   redis.call('XADD', changes, ARGV[4] .. '-0', 'prev', ARGV[4] .. ' ' .. ARGV[5], 'incarnation', ARGV[3],
     'mark', ARGV[5], 'relist', '1')
 end
+return {'ok'}
+"""
+)
+
+FILL_UNITS: Final = Script(
+    """-- KEYS entries, filled, lease, then lazy units; ARGV the lease, its token, incarnation, revision, milliseconds,
+-- announcements kept, the units' names; then for each of KEYS since when it is unchanged, how many words, and those:
+-- fields and values in turn
+if redis.call('GET', KEYS[3]) ~= ARGV[1] then return {'lost'} end
+local meta = redis.call('HMGET', KEYS[1], '#format', '#kind', '#incarnation', '#revision', '#token', '#units')
+if meta[1] and meta[2] ~= 'mirror' then return {'kind'} end
+if meta[1] ~= '1' or meta[3] ~= ARGV[3] or meta[4] ~= ARGV[4] or not meta[6] then return {'elsewhere'} end
+if tonumber(meta[5] or '0') > tonumber(ARGV[2]) then return {'lost'} end
+local at = 8
+for unit = 4, #KEYS do
+  local last = at + 1 + tonumber(ARGV[at + 1])
+  redis.call('UNLINK', KEYS[unit])
+  redis.call('HSET', KEYS[unit], '#unit', meta[6] .. ' ' .. ARGV[at])
+  for from = at + 2, last, 2000 do redis.call('HSET', KEYS[unit], unpack(ARGV, from, math.min(from + 1999, last))) end
+  redis.call('PEXPIRE', KEYS[unit], ARGV[5])
+  at = last + 1
+end
+redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'units', ARGV[7])
 return {'ok'}
 """
 )
@@ -568,8 +637,8 @@ return {'ok'}
 
 def append_arguments(
     batch: Batch, *, lease: str, token: int, count: int, digest: int, keep_revisions: int, keep_bytes: int
-) -> list[str | bytes]:
-    """What `APPEND` takes to add one revision."""
+) -> tuple[list[str], list[str | bytes]]:
+    """What `APPEND` takes to add one revision: the names of the lazy units that it changes, and the arguments."""
     position = batch.position
     arguments: list[str | bytes] = [
         lease,
@@ -583,10 +652,19 @@ def append_arguments(
         str(digest),
         str(keep_revisions),
         str(keep_bytes),
-        "1" if len(batch.changes) > MAX_CHANGES else "0",
+        "1" if len(batch.changes) + len(batch.lazy_changes) > MAX_CHANGES else "0",
+        str(len(batch.changes)),
     ]
     for change in batch.changes:
-        gone = isinstance(change.value, Missing)
-        arguments.append(f"-{change.key}" if gone else f"+{change.key}")
-        arguments.append(b"" if isinstance(change.value, Missing) else change.value)
-    return arguments
+        arguments += _words(change)
+    units: dict[str, int] = {}
+    for change in batch.lazy_changes:
+        at = units.setdefault(unit_of(change.key, batch.lazy), len(units) + 4)
+        arguments += (str(at), *_words(change))
+    return list(units), arguments
+
+
+def _words(change: RawChange) -> tuple[str, bytes]:
+    if isinstance(change.value, Missing):
+        return f"-{change.key}", b""
+    return f"+{change.key}", change.value

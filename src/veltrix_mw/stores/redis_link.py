@@ -162,6 +162,7 @@ class Connection:
         self._last = channel  # what was exchanged last
         self.pid = os.getpid()
         self.is_sound = True  # no reply is outstanding
+        self.was_sent_on = False  # whether of what was sent last some was answered later, by another node
 
     @property
     def host(self) -> Host:
@@ -180,7 +181,7 @@ class Connection:
 
     def pipeline(self, commands: Sequence[Command]) -> list[Any]:
         """The replies to several commands, sent together; raises the first error among them, once all were read."""
-        self.is_sound = False
+        self.is_sound = self.was_sent_on = False
         self._last = self._channel
         replies = self._channel.exchange(commands)
         if self._onward is not None:
@@ -201,12 +202,12 @@ class Connection:
         return reply
 
     def run_each(
-        self, script: Script, keys: Sequence[str], arguments: Sequence[Sequence[str | bytes | int]]
+        self, script: Script, given: Sequence[tuple[Sequence[str], Sequence[str | bytes | int]]]
     ) -> list[list[Any]]:
-        """What the script returns for each of `arguments`, all sent together."""
+        """What the script returns for each of these keys and arguments, all sent together."""
         commands: list[Command] = [
-            ("EVALSHA" if at else "EVAL", script.sha if at else script.text, len(keys), *keys, *given)
-            for at, given in enumerate(arguments)
+            ("EVALSHA" if at else "EVAL", script.sha if at else script.text, len(keys), *keys, *arguments)
+            for at, (keys, arguments) in enumerate(given)
         ]
         return self.pipeline(commands)
 
@@ -238,6 +239,7 @@ class Connection:
             refused = [at for at, reply in enumerate(replies) if isinstance(reply, errors.AskError)]
             if not refused:
                 return
+            self.was_sent_on = True
             told = next(
                 (replies[at] for at in refused if isinstance(replies[at], errors.MovedError)), replies[refused[0]]
             )
@@ -378,8 +380,11 @@ class RedisLink:
             guide.close()
 
     @contextlib.contextmanager
-    def session(self, timeout_s: float) -> Iterator[Connection]:
-        """A connection for one call, which ends by `timeout_s`; the driver's errors come out as the store's."""
+    def session(self, timeout_s: float, *, writes: bool = False) -> Iterator[Connection]:
+        """A connection for one call, which ends by `timeout_s`; the driver's errors come out as the store's.
+
+        `writes`: the caller acknowledges what it writes there.
+        """
         begun_s = time.monotonic()
         deadline_s = begun_s + timeout_s
         with self.translating(timeout_s):
@@ -387,7 +392,8 @@ class RedisLink:
             try:
                 connection.end_by(deadline_s)
                 yield connection
-                self.check_late(connection, begun_s)
+                self.check_late(connection, begun_s, deadline_s, writes=writes)
+                self._route.trust()
             finally:
                 self._give_back(connection, epoch)
 
@@ -397,10 +403,11 @@ class RedisLink:
         begun_s = time.monotonic()
         connection = self._opened_to(self.look(deadline_s), deadline_s)
         try:
-            self.check_late(connection, begun_s)
+            self.check_late(connection, begun_s, deadline_s)
         except BaseException:
             self.shut(connection)
             raise
+        self._route.trust()
         return connection
 
     def look(self, deadline_s: float) -> Host:
@@ -417,19 +424,29 @@ class RedisLink:
                 connection.shut_down()
         return found
 
-    def check_late(self, connection: Connection, due_s: float) -> None:
+    def check_late(self, connection: Connection, due_s: float, deadline_s: float, *, writes: bool = False) -> None:
         """Raise where an answer came long after it was due, and the server was replaced meanwhile.
 
         One that was stopped and is resumed does not know, and goes on with what it was sent: what it says is of no
-        worth, also that it has written something.
+        worth, also that it has written something. So a write needs a guide that says, by `deadline_s`, that it was not.
         """
-        if isinstance(self._route, Guided) and time.monotonic() - due_s > _LATE_S:
-            self._route.ask_again()
-            self.look(time.monotonic() + _LATE_S)
-            if connection.host != self._current:
-                raise StoreUnavailable(
-                    f"{self.url} took over while another server was asked, whose answer does not count; try again"
-                )
+        asked_s = time.monotonic()
+        route = self._route
+        if not isinstance(route, Guided) or asked_s - due_s <= _LATE_S:
+            return
+        route.ask_again()
+        self.look(min(deadline_s, asked_s + _LATE_S))
+        fate = "it may be lost, and its fate is unknown: read again before you write again"
+        if connection.host != self._current:
+            if writes:
+                raise StoreUnavailable(f"{self.url} took over while another server made the write: {fate}")
+            raise StoreUnavailable(
+                f"{self.url} took over while another server was asked, whose answer does not count; try again"
+            )
+        if writes and route.believed_s < asked_s:
+            raise StoreUnavailable(
+                f"{self.url} answered a write late, and nobody says in time that it was not replaced meanwhile: {fate}"
+            )
 
     def _opened_to(self, server: Host, deadline_s: float) -> Connection:
         channel = self._connected(server, deadline_s)

@@ -10,15 +10,28 @@ a relay that was stopped and comes back changes nothing, also where Redis lost l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from veltrix_mw.errors import Compacted, LeaseLost, StoreError, StoreUnavailable
-from veltrix_mw.protocols import Batch, Lease, Limits, Listing, MirrorState, Position, StoreInfo
+from veltrix_mw.protocols import (
+    Batch,
+    Filled,
+    FoundUnits,
+    Lease,
+    Limits,
+    Listing,
+    MirroredUnit,
+    MirrorState,
+    Position,
+    StoreInfo,
+)
 from veltrix_mw.stores.redis_layout import (
     APPEND,
     ELECT,
     FILL,
+    FILL_UNITS,
     KEEP,
     META_FIELDS,
     MIRROR,
@@ -31,9 +44,17 @@ from veltrix_mw.stores.redis_layout import (
     milliseconds,
     state_of,
 )
-from veltrix_mw.stores.redis_link import Command, Connection, RedisLink
+from veltrix_mw.stores.redis_link import Command, RedisLink
 from veltrix_mw.stores.redis_reading import Reader, RedisWatch, Torn
 from veltrix_mw.stores.redis_routes import Route, Server
+from veltrix_mw.stores.redis_units import (
+    MAX_ANNOUNCED,
+    MAX_WANTED,
+    UNIT_TTL_S,
+    WANTED_TTL_S,
+    unit_in,
+    words_of,
+)
 from veltrix_mw.values import MAX_VALUE_BYTES
 
 __all__ = ["RedisMirror"]
@@ -41,6 +62,9 @@ __all__ = ["RedisMirror"]
 _CHUNK_BYTES: Final = 1024 * 1024  # what is sent before an answer is read: Redis serves others between two commands
 _CHUNK_FIELDS: Final = 1_000
 _CHUNK_BATCHES: Final = 256
+# A script's keys and arguments.
+_Given = tuple[list[str], list[str | bytes]]
+
 _FILLING_TTL_S: Final = 60  # a relay that dies in the middle leaves nothing for longer
 
 
@@ -145,8 +169,40 @@ class RedisMirror:
         lazy = () if listed.meta is None else listed.meta.lazy
         return Listing(listed.position, listed.ascending(), origin="redis", age_s=listed.age_s, lazy=lazy)
 
-    def watch(self, position: Position, *, timeout_s: float) -> RedisWatch:
-        return self._reader.watch(position, timeout_s=timeout_s, patience_s=self._timeout_s / 2, origin="redis")
+    def watch(self, position: Position, *, timeout_s: float, filled: Filled | None = None) -> RedisWatch:
+        return self._reader.watch(
+            position, timeout_s=timeout_s, patience_s=self._timeout_s / 2, origin="redis", filled=filled
+        )
+
+    def find_units(self, names: Sequence[str], *, timeout_s: float) -> FoundUnits:
+        layout = self._names
+        asked: list[Command] = [("HMGET", layout.entries, *META_FIELDS), ("TIME",), ("GET", layout.lease)]
+        units: list[Command] = [("HGETALL", layout.unit(name)) for name in names]
+        with self._link.session(timeout_s) as connection:
+            values, now, lease, *held = connection.pipeline([*asked, *units])
+            if connection.was_sent_on:
+                # The meta may have been read after the units, which are current to where it stood before them.
+                values, now, lease = connection.pipeline(asked)
+                held = connection.pipeline(units)
+            state = self._state(values, now, lease)
+            meta = meta_of(values)
+            found = (
+                {}
+                if meta is None
+                else {name: unit_in(name, reply, meta) for name, reply in zip(names, held, strict=True)}
+            )
+        return FoundUnits(state, {name: unit for name, unit in found.items() if unit is not None})
+
+    def want_units(self, names: Sequence[str], *, timeout_s: float) -> None:
+        wanted = self._names.wanted
+        with self._link.session(timeout_s) as connection:
+            connection.pipeline(
+                [
+                    ("RPUSH", wanted, *names),
+                    ("LTRIM", wanted, -MAX_WANTED, -1),
+                    ("PEXPIRE", wanted, milliseconds(WANTED_TTL_S)),
+                ]
+            )
 
     def close(self) -> None:
         """End the watches and close every connection. Idempotent; a later call opens anew."""
@@ -221,9 +277,10 @@ class RedisMirror:
     def append(
         self, lease: Lease, batches: Sequence[Batch], *, counts: Sequence[tuple[int, int]], timeout_s: float
     ) -> None:
-        held = held_as(lease)
-        made = [
-            append_arguments(
+        held, names = held_as(lease), self._names
+        made: list[_Given] = []
+        for batch, (count, digest) in zip(batches, counts, strict=True):
+            units, arguments = append_arguments(
                 batch,
                 lease=held,
                 token=lease.token,
@@ -232,17 +289,47 @@ class RedisMirror:
                 keep_revisions=self._keep_revisions,
                 keep_bytes=self._keep_bytes,
             )
-            for batch, (count, digest) in zip(batches, counts, strict=True)
-        ]
+            made.append(([names.entries, names.changes, names.lease, *map(names.unit, units)], arguments))
         with self._link.session(timeout_s) as connection:
             for some in _pipelines(made):
-                self._append(connection, some)
+                # Each follows the one before: after the first that is refused all others are.
+                for said, *rest in connection.run_each(APPEND, some):
+                    self._check_said(said, rest)
 
-    def _append(self, connection: Connection, made: Sequence[Sequence[str | bytes]]) -> None:
-        names = self._names
-        # Each follows the one before: after the first that is refused all others are.
-        for said, *rest in connection.run_each(APPEND, (names.entries, names.changes, names.lease), made):
-            self._check_said(said, rest)
+    def wanted_units(self, *, wait_s: float, timeout_s: float) -> Sequence[str]:
+        wanted = self._names.wanted
+        with self._link.session(wait_s + timeout_s) as connection:
+            first = connection.execute("BLPOP", wanted, f"{wait_s:.3f}")
+            if first is None:
+                return []
+            others = connection.execute("LRANGE", wanted, 0, -1)
+            if others:
+                connection.execute("LTRIM", wanted, len(others), -1)
+        return [name.decode(errors="replace") for name in dict.fromkeys([first[1], *others])]
+
+    def fill_units(
+        self,
+        lease: Lease,
+        position: Position,
+        units: Mapping[str, MirroredUnit],
+        names: Sequence[str],
+        *,
+        timeout_s: float,
+    ) -> None:
+        layout, held = self._names, held_as(lease)
+        ttl_ms = milliseconds(UNIT_TTL_S * random.uniform(0.9, 1.1))  # what was filled at once is not gone at once
+        head: list[str | bytes] = [held, str(lease.token), position.incarnation, str(position.revision), str(ttl_ms)]
+        with self._link.session(timeout_s) as connection:
+            for some in _parts(units):
+                # Announced with the last ones, where none is to be filled as well.
+                told = [name for name in names if name in some or name not in units]
+                arguments = [*head, str(MAX_ANNOUNCED), " ".join(told)]
+                for unit in some.values():
+                    words = words_of(unit)
+                    arguments += (str(unit.since), str(len(words)), *words)
+                keys = [layout.entries, layout.filled, layout.lease, *map(layout.unit, some)]
+                said, *rest = connection.run(FILL_UNITS, keys, arguments)
+                self._check_said(said, rest)
 
     def prove(self, lease: Lease, position: Position, *, asked_at_us: int, timeout_s: float) -> None:
         names = self._names
@@ -284,6 +371,19 @@ class RedisMirror:
                 raise self._link.not_ours(f"{self._names.entries} or {self._names.changes}, without our meta,")
 
 
+def _parts(units: Mapping[str, MirroredUnit]) -> Iterator[dict[str, MirroredUnit]]:
+    """What one script fills, about a megabyte: Redis serves nobody else meanwhile. At least one part."""
+    some: dict[str, MirroredUnit] = {}
+    size = 0
+    for name, unit in units.items():
+        if some and size >= _CHUNK_BYTES:
+            yield some
+            some, size = {}, 0
+        some[name] = unit
+        size += sum(len(key) + len(value) for key, value, _ in unit.unit.entries)
+    yield some
+
+
 def _microseconds(time_reply: Sequence[bytes]) -> int:
     return int(time_reply[0]) * 1_000_000 + int(time_reply[1])
 
@@ -302,12 +402,12 @@ def _chunks(listing: Listing) -> Iterator[list[str | bytes]]:
         yield fields
 
 
-def _pipelines(made: Sequence[Sequence[str | bytes]]) -> Iterator[list[Sequence[str | bytes]]]:
+def _pipelines(made: Sequence[_Given]) -> Iterator[list[_Given]]:
     """What goes to the server before an answer is read: about a megabyte."""
-    some: list[Sequence[str | bytes]] = []
+    some: list[_Given] = []
     size = 0
-    for arguments in made:
-        some.append(arguments)
+    for keys, arguments in made:
+        some.append((keys, arguments))
         size += sum(len(word) for word in arguments)
         if size >= _CHUNK_BYTES or len(some) >= _CHUNK_BATCHES:
             yield some

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from weakref import WeakSet
 
 from veltrix_mw.errors import Compacted, StoreError, StoreUnavailable
-from veltrix_mw.protocols import Batch, Position
+from veltrix_mw.protocols import Batch, Filled, Position
 from veltrix_mw.snapshot import digest_of
 from veltrix_mw.stores.redis_layout import (
     META_FIELDS,
@@ -273,6 +273,8 @@ class Reader:
             if entry.relist:
                 raise Torn("it was filled in between")
             for change in entry.changes:
+                if entry.left_out and change.key.startswith(entry.left_out):
+                    continue
                 if isinstance(change.value, Missing):
                     entries.pop(change.key, None)
                 else:
@@ -326,13 +328,22 @@ class RedisWatch:
     """
 
     def __init__(
-        self, reader: Reader, position: Position, *, patience_s: float, lazy: tuple[str, ...] = (), origin: str = ""
+        self,
+        reader: Reader,
+        position: Position,
+        *,
+        patience_s: float,
+        lazy: tuple[str, ...] = (),
+        origin: str = "",
+        filled: Filled | None = None,
     ) -> None:
         self._reader = reader
         self._position = position
         self._patience_s = patience_s
         self._lazy = lazy
         self._origin = origin
+        self._filled = filled
+        self._filled_to: str | bytes = "0-0"  # the announcement that was read last
         self._page = Page()
         self._looked_s = 0.0
         self._is_closed = False
@@ -351,6 +362,9 @@ class RedisWatch:
                 connection = self._connected(deadline_s)
                 connection.end_by(deadline_s)
                 self._reader.check(connection, self._position)
+                if self._filled is not None:
+                    last = connection.execute("XREVRANGE", self._reader.names.filled, "+", "-", "COUNT", 1)
+                    self._filled_to = last[0][0] if last else "0-0"
             except BaseException:
                 self._let_go()
                 raise
@@ -408,9 +422,10 @@ class RedisWatch:
         block_ms = int(block_s * 1000)
         waits = ("BLOCK", block_ms) if block_ms > 0 else ()  # 0 would wait for ever
         due_s = time.monotonic() + max(0.0, block_s)
-        connection.end_by(due_s + self._patience_s + _OVERTIME_S, patience_s=max(0.0, block_s) + self._patience_s)
+        ends_s = due_s + self._patience_s + _OVERTIME_S
+        connection.end_by(ends_s, patience_s=max(0.0, block_s) + self._patience_s)
         reply = connection.execute(*self._command(*waits))
-        self._reader.link.check_late(connection, due_s)
+        self._reader.link.check_late(connection, due_s, ends_s)
         return self._taken(reply)
 
     def _look(self, connection: Connection) -> Sequence[Batch]:
@@ -434,11 +449,16 @@ class RedisWatch:
         return batches
 
     def _command(self, *waits: str | int) -> Command:
-        after = stream_id(self._position.revision)
-        return ("XREAD", "COUNT", self._page.count, *waits, "STREAMS", self._reader.names.changes, after)
+        names = self._reader.names
+        read_to: dict[str, str | bytes] = {names.changes: stream_id(self._position.revision)}
+        if self._filled is not None:
+            read_to[names.filled] = self._filled_to
+        return ("XREAD", "COUNT", self._page.count, *waits, "STREAMS", *read_to, *read_to.values())
 
     def _taken(self, reply: Sequence[Any] | None) -> Sequence[Batch]:
-        entries = entries_of(reply[0][1]) if reply else []
+        streams = dict(reply or ())
+        self._take_filled(streams.get(self._reader.names.filled.encode(), ()))
+        entries = entries_of(streams.get(self._reader.names.changes.encode(), ()))
         self._page.saw(entries)
         batches = []
         for entry in entries:
@@ -446,6 +466,12 @@ class RedisWatch:
             self._position = entry.position
             batches.append(entry.batch(lazy=self._lazy, origin=self._origin))
         return batches
+
+    def _take_filled(self, announced: Sequence[Any]) -> None:
+        for entry_id, fields in announced:
+            self._filled_to = entry_id
+            if self._filled is not None and fields:
+                self._filled(fields[1].decode(errors="replace").split())
 
     def _check(self, entry: StreamEntry) -> None:
         position, rules = self._position, self._reader.rules

@@ -6,19 +6,21 @@ replaced whole.
 
 Each answer carries the epoch of the failover that it is of. One that is of an older epoch than what is known, from a
 sentinel or a node that was cut off or stopped, is not believed while another one may know better: a primary that was
-left is not come back to.
+left is not come back to. Unless what is known has failed for long, and most of the guides that the URL names agree:
+then the servers were set up anew, and epochs with them.
 """
 
 from __future__ import annotations
 
 import binascii
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import SystemRandom
 from typing import Any, Final
 
-from veltrix_mw.errors import StoreError, StoreUnavailable
+from veltrix_mw.errors import StoreError, StoreNotFound, StoreUnavailable
 from veltrix_mw.settings import Host, StoreUrl, shown
 from veltrix_mw.stores.redis_layout import Names
 
@@ -31,6 +33,7 @@ Ask = Callable[[Host, Sequence[Question], float], list[Any]]
 Login = tuple["str | None", "str | None"]
 
 _AGREED_S: Final = 2.0  # how long an answer is believed without asking again: a server that was replaced is left then
+_ANEW_S: Final = 30.0  # a server that failed for so long would be replaced by now: Sentinel's own default
 _LOOK_S: Final = 0.5  # the most that a look at what is known already may keep a call waiting
 _MOST_NODES: Final = 16  # of a cluster's nodes that were learned of, so many are remembered as well
 _SLOTS: Final = 16_384
@@ -57,6 +60,9 @@ class Server:
 
     def doubt(self) -> None:
         """There is no other."""
+
+    def trust(self) -> None:
+        """It never was doubted."""
 
     def moved(self, server: Host) -> None:
         """It is not followed."""
@@ -86,8 +92,12 @@ class Guided:
     login: Login | None
     """As whom the guides are asked; None for the user of the server."""
 
-    def __init__(self, hosts: Sequence[Host]) -> None:
+    believed_s: float
+    """When it was begun to ask, monotonic, for the last answer that was believed; since then no guide was."""
+
+    def __init__(self, hosts: Sequence[Host], clock: Callable[[], float]) -> None:
         self._named = tuple(hosts)
+        self._clock = clock
         self._known: _Told | None = None
         self.begin_anew()
 
@@ -101,17 +111,23 @@ class Guided:
         self._order = _random.sample(self._named, len(self._named))  # so that a fleet does not ask one of them alone
         self._ask_at_s = 0.0
         self._is_doubted = False
+        self._failing_since_s: float | None = None
+        self.believed_s = -math.inf
 
     def find(self, ask: Ask, deadline_s: float) -> Host:
         """The server; asks where it is not known, or nobody was asked for a while. Raises `StoreError`."""
-        known, now_s = self._known, time.monotonic()
+        known, now_s = self._known, self._clock()
         if known is not None and now_s < self._ask_at_s:
             return known.server
         is_look = known is not None and not self._is_doubted
         told = self._answer(ask, min(deadline_s, now_s + _LOOK_S) if is_look else deadline_s, known)
+        if told is not known:
+            self.believed_s = now_s
         self._known = told
-        self._ask_at_s = time.monotonic() + _AGREED_S
+        self._ask_at_s = self._clock() + _AGREED_S
         self._is_doubted = False
+        if known is None or told.server != known.server:
+            self._failing_since_s = None
         return told.server
 
     def ask_again(self) -> None:
@@ -122,6 +138,12 @@ class Guided:
         """The server failed: ask again."""
         self.ask_again()
         self._is_doubted = True
+        if self._failing_since_s is None:
+            self._failing_since_s = self._clock()
+
+    def trust(self) -> None:
+        """The server answered as it should."""
+        self._failing_since_s = None
 
     def moved(self, server: Host) -> None:
         """The server named another one."""
@@ -138,8 +160,9 @@ class Guided:
         self._order = guides = self._guides(known)
         failures = list[StoreError]()
         best: _Told | None = None
+        named = list[_Told]()  # what those say whom the URL names
         for number, guide in enumerate(guides):
-            now_s = time.monotonic()
+            now_s = self._clock()
             share_s = (deadline_s - now_s) / (len(guides) - number + 1)  # and one for the server itself
             self._put_last(guide)
             try:
@@ -149,16 +172,29 @@ class Guided:
                 continue
             if best is None or told.epoch > best.epoch:
                 best = told
+            if guide in self._named:
+                named.append(told)
             if known is None or best.epoch >= known.epoch:
                 return best
         if known is not None and (best is None or failures):
-            return known
+            return self._set_up_anew(named) or known
         if best is not None:
             return best  # all say so: they were set up anew
         fault = next((each for each in failures if not isinstance(each, StoreUnavailable)), failures[-1])
         if not isinstance(fault, StoreUnavailable):
             raise fault
-        raise StoreUnavailable(f"{self._nobody}: {fault}") from fault
+        raise StoreNotFound(f"{self._nobody}: {fault}") from fault
+
+    def _set_up_anew(self, named: Sequence[_Told]) -> _Told | None:
+        """What most of the named agree on, where the server has failed for long; None where they do not.
+
+        Others that were learned of may be gone with the servers that they knew, and one of the named may be too.
+        """
+        since_s = self._failing_since_s
+        if since_s is None or self._clock() - since_s < _ANEW_S or 2 * len(named) <= len(self._named):
+            return None
+        agree = len({told.server for told in named}) == 1
+        return max(named, key=lambda told: told.epoch) if agree else None
 
     def _guides(self, known: _Told | None) -> list[Host]:  # noqa: ARG002  # a cluster asks others as well
         return list(self._order)
@@ -189,13 +225,20 @@ class Sentinels(Guided):
     asks_for_role = True
     follows = False
 
-    def __init__(self, hosts: Sequence[Host], name: str, *, login: Login = (None, None)) -> None:
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        name: str,
+        *,
+        login: Login = (None, None),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`name` is what they call the primary; `login` is for them, not for the primary."""
         self._name = name
         self.login = login
         self._nobody = f"none of the sentinels ({len(hosts)}) says where {name!r} is"
         self._questions = (("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name))
-        super().__init__(hosts)
+        super().__init__(hosts, clock)
 
     def url(self, scheme: str, db: int) -> str:
         return f"{scheme}+sentinel://{','.join(map(shown, self._named))}/{self._name}/{db}"
@@ -224,10 +267,10 @@ class Nodes(Guided):
 
     _questions = (("CLUSTER", "SLOTS"), ("CLUSTER", "NODES"))
 
-    def __init__(self, hosts: Sequence[Host], slot: int) -> None:
+    def __init__(self, hosts: Sequence[Host], slot: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._slot = slot
         self._nobody = f"no node of the cluster says who has slot {slot}"
-        super().__init__(hosts)
+        super().__init__(hosts, clock)
 
     def url(self, scheme: str, db: int) -> str:  # noqa: ARG002  # there is one
         return f"{scheme}+cluster://{','.join(map(shown, self._named))}"

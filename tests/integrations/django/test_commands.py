@@ -117,6 +117,20 @@ def test_the_shell_reads_the_projects_client(tmp_path: Path):
     assert (done.stdout.split(), done.stderr, done.returncode) == (["hello", "True"], "", 0)
 
 
+def test_a_project_without_a_url_has_a_doctor_that_says_so_and_other_commands_say_it_in_a_line():
+    code = (
+        "import sys; from django.conf import settings; settings.configure(INSTALLED_APPS=['django_veltrix']); "
+        "from django.core.management import execute_from_command_line as run; run(['manage.py', *sys.argv[1:]])"
+    )
+    seen = python("-c", code, "veltrix", "doctor", "--json")
+    first = json.loads(seen.stdout)["checks"][0]
+    assert (seen.returncode, first["check"], first["state"]) == (1, "url", "fail")
+    for verb in (["status"], ["get", "limit"]):
+        told = python("-c", code, "veltrix", *verb)
+        assert (told.returncode, told.stdout, told.stderr.count("\n")) == (2, "", 1)
+        assert told.stderr.startswith("error: no config store is named: pass a URL or set VELTRIX_URL")
+
+
 def test_importing_reads_no_settings_and_starts_nothing():
     code = "import threading, django_veltrix, django_veltrix.apps; print(threading.active_count())"
     done = python("-c", code)

@@ -105,6 +105,38 @@ def test_an_error_ends_the_command_with_the_clis_exit_code(shop: Flask) -> None:
     assert failed.exit_code == alone.returncode != 0
 
 
+def flask(source: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The `flask` command on an app's module."""
+    (folder / "shop.py").write_text(f"from flask import Flask\nfrom flask_veltrix import Veltrix\n{source}\n")
+    command = [sys.executable, "-m", "flask", "--app", "shop", "veltrix", *arguments]
+    return subprocess.run(command, env=_env(), cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_an_app_without_a_url_has_a_doctor_that_says_so_and_other_commands_say_it_in_a_line(tmp_path: Path) -> None:
+    app = "app = Flask('shop')\nVeltrix(app)"
+    seen = flask(app, tmp_path, "doctor", "--json")
+    first = json.loads(seen.stdout)["checks"][0]
+    assert (seen.returncode, seen.stderr) == (1, "")
+    assert (first["part"], first["check"], first["state"]) == ("authority", "url", "fail")
+    assert "no config store is named: pass a URL or set VELTRIX_URL" in first["text"]
+    for verb in (["status"], ["get", "limit"]):
+        told = flask(app, tmp_path, *verb)
+        assert (told.returncode, told.stdout) == (2, "")
+        assert told.stderr.startswith("error: no config store is named: pass a URL or set VELTRIX_URL")
+        assert told.stderr.count("\n") == 1
+    named = flask(app, tmp_path, "--url", f"sqlite:///{tmp_path}/c.db", "put", "limit", "1")
+    assert (named.returncode, named.stderr) == (0, "")
+
+
+def test_an_app_with_wrong_settings_is_told_without_a_traceback(tmp_path: Path) -> None:
+    told = flask("app = Flask('shop')\napp.config['VELTRIX_URLL'] = 'x'\nVeltrix(app)", tmp_path, "doctor")
+    assert told.returncode == 2
+    assert told.stderr.endswith(
+        "Error: VELTRIX_URLL in app.config is no setting of veltrix; did you mean VELTRIX_URL?\n"
+    )
+    assert "Traceback" not in told.stderr
+
+
 def test_an_app_without_veltrix_is_told_to_add_it() -> None:
     failed = run(Flask("bare"), "get", "limit")
     assert failed.exit_code == 2
