@@ -7,15 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.harness import Figure, in_turn, ratios, statement
-from veltrix_mw import ConfigClient, Put
+from veltrix_mw import ConfigClient, Freshness, Put
 
 
 def measure() -> list[Figure]:
     from opentelemetry.sdk.trace import TracerProvider
 
     plain = {f"checkout/setting-{number}": number for number in range(1000)}
-    with ConfigClient("memory://") as client, ConfigClient("memory://", layers=("env/prod/",)) as layered:
-        for each in (client, layered):
+    rule = Freshness("checkout/", max_age_s=20, on_stale="fail")
+    with (
+        ConfigClient("memory://") as client,
+        ConfigClient("memory://", layers=("env/prod/",)) as layered,
+        ConfigClient("memory://", freshness=(rule,)) as fresh,
+    ):
+        for each in (client, layered, fresh):
             each.wait_for(each.write([Put(key, value) for key, value in plain.items()]))
         view = client.view()
         tenant = layered.view(layers=("tenants/acme/", "regions/eu/"))
@@ -28,11 +33,12 @@ def measure() -> list[Figure]:
             "view[key]": statement("v['checkout/setting-7']", v=view),
             "view.get(key)": statement("v.get('checkout/setting-7')", v=view),
             "view[key], 3 layers": statement("v['checkout/setting-7']", v=tenant),
+            "view[key], freshness=": statement("v['checkout/setting-7']", v=fresh.view()),
             "view[key], the request's span records": statement("v['checkout/setting-7']", v=counted),
             **_others(),
         }
         found = ratios(in_turn(rivals), "dict subscript")
-    bars = {"view[key]": 3.0, "view[key], 3 layers": 4.0}
+    bars = {"view[key]": 3.0, "view[key], freshness=": 3.0, "view[key], 3 layers": 4.0}
     return [
         Figure("P1 hot read", name, ratio, spread, bar=bars.get(name), note="in dict subscripts")
         for name, (ratio, spread) in found.items()

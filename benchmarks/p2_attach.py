@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from benchmarks.harness import Figure, in_turn, ratios
-from veltrix_mw import ConfigClient, asgi, wsgi
+from veltrix_mw import ConfigClient, Freshness, asgi, wsgi
 
 ATTRIBUTES = {
     "veltrix.revision": 1,
@@ -99,33 +99,41 @@ def measure() -> list[Figure]:
 
     figures = []
     provider = MeterProvider([InMemoryMetricReader()])
-    with ConfigClient("memory://", meter_provider=provider) as client:
-        client.put("k", 1)
-        client.wait_ready()
+    rule = Freshness("k/", max_age_s=20, on_stale="fail")
+    with (
+        ConfigClient("memory://", meter_provider=provider) as client,
+        ConfigClient("memory://", meter_provider=provider, freshness=(rule,)) as fresh,
+    ):
+        for each in (client, fresh):
+            each.put("k/k", 1)
+            each.wait_ready()
         pairs = {
             "ASGI": (
                 _asgi(asgi_app),
                 _asgi(AsgiFloor(asgi_app, 1)),
                 _asgi(asgi.ConfigMiddleware(asgi_app, client=client)),
+                _asgi(asgi.ConfigMiddleware(asgi_app, client=fresh)),
             ),
             "WSGI": (
                 _wsgi(wsgi_app),
                 _wsgi(WsgiFloor(wsgi_app, 1)),
                 _wsgi(wsgi.ConfigMiddleware(wsgi_app, client=client)),
+                _wsgi(wsgi.ConfigMiddleware(wsgi_app, client=fresh)),
             ),
         }
         histogram = provider.get_meter("bench").create_histogram("bench")
-        for name, (bare, floor, ours) in pairs.items():
-            samples = in_turn({"bare": bare, "floor": floor, "control": floor, "ours": ours})
-            for other in ("floor", "control", "ours"):  # what the middleware adds to the bare app
+        labels = {"control": "A/A control", "ours": "a view", "fresh": "a view, freshness="}
+        for name, (bare, floor, ours, refusing) in pairs.items():
+            samples = in_turn({"bare": bare, "floor": floor, "control": floor, "ours": ours, "fresh": refusing})
+            for other in ("floor", *labels):  # what the middleware adds to the bare app
                 samples[other] = [
                     max(with_it - without, 1e-9)
                     for with_it, without in zip(samples[other], samples["bare"], strict=True)
                 ]
-            found = ratios({key: samples[key] for key in ("floor", "control", "ours")}, "floor")
-            for other, bar in (("control", None), ("ours", 2.0)):
-                label = f"{name}, {'a view' if other == 'ours' else 'A/A control'}"
-                figures.append(Figure("P2 attach", label, *found[other], bar=bar, note="in bare floors"))
+            found = ratios({key: samples[key] for key in ("floor", *labels)}, "floor")
+            for other, label in labels.items():
+                bar = 2.0 if other == "ours" else None
+                figures.append(Figure("P2 attach", f"{name}, {label}", *found[other], bar=bar, note="in bare floors"))
 
             def told(floor: Callable[[int], None] = floor) -> Callable[[int], None]:
                 """The floor, and by hand what the default level tells: five attributes and one histogram record."""

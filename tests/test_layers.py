@@ -26,7 +26,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
         {"errors", "version", "faults", "forking", "awaiting", "keys", "pinning", "values", "telemetry", "words"}
     ),
     frozenset({"sorted_map", "snapshot"}),
-    frozenset({"operations", "protocols", "settings", "findings"}),
+    frozenset({"operations", "protocols", "settings", "findings", "freshness"}),
     frozenset({"coalesce"}),
     frozenset({"stores", "disk", "disk_probe"}),
     frozenset(
@@ -54,8 +54,11 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "section",
             "deriving",
             "overrides",
+            "memo",
+            "lapses",
             "view",
             "views",
+            "fresh_views",
             "current",
             "status",
             "waiters",

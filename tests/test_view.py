@@ -612,3 +612,20 @@ def test_telling_what_a_request_cost_reads_nothing() -> None:
     (span,) = exporter.get_finished_spans()
     assert span.attributes is not None
     assert span.attributes["veltrix.lookup.count"] == 0
+
+
+def test_a_derived_value_that_caught_an_error_within_is_computed_anew_in_the_next_snapshot() -> None:
+    @dataclass(frozen=True)
+    class Limits:
+        most: int = 0
+
+    def most(view: View) -> int:
+        try:
+            return view.bind(Limits, "limits/").most
+        except InvalidValue:
+            return -1
+
+    views = views_of({"limits/most": "many"})
+    assert views.view().derive(most) == -1
+    views.publish(snapshot({"limits/most": 3}, revision=2), frozenset({"limits/most"}))
+    assert views.view().derive(most) == 3

@@ -31,6 +31,7 @@ CLIENT_SETTINGS: Final[Mapping[str, str]] = {
     "VELTRIX_LAST_KNOWN_GOOD": "last_known_good",
     "VELTRIX_TELEMETRY": "telemetry",
     "VELTRIX_MAX_AGE_S": "max_age_s",
+    "VELTRIX_FRESHNESS": "freshness",
     "VELTRIX_START_TIMEOUT_S": "start_timeout_s",
     "VELTRIX_FETCH_TIMEOUT_S": "fetch_timeout_s",
     "VELTRIX_LAZY_MAX_BYTES": "lazy_max_bytes",

@@ -28,6 +28,7 @@ from veltrix_mw.errors import (
     StoreUnavailable,
     VeltrixError,
 )
+from veltrix_mw.freshness import Freshness
 from veltrix_mw.operations import Delete, Put
 from veltrix_mw.section import Section
 from veltrix_mw.snapshot import Change, Entry, Rejection, Snapshot, Version
@@ -39,6 +40,7 @@ from veltrix_mw.view import View
 __all__ = [
     # The client and what it gives
     "ConfigClient",
+    "Freshness",
     "Snapshot",
     "View",
     "Section",

@@ -33,6 +33,7 @@ from veltrix_mw.errors import (
     StoreError,
     StoreUnavailable,
 )
+from veltrix_mw.freshness import Freshness, FreshnessRules
 from veltrix_mw.keys import check_namespace, check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
 from veltrix_mw.snapshot import Entry, Snapshot, Version
@@ -95,6 +96,8 @@ class ConfigClient:
         last_known_good: a folder for the file that serves a cold start without a store.
         telemetry: `off`, `requests` or `lookups`.
         max_age_s: seconds without a confirmation after which a view counts as stale.
+        freshness: what is done, below prefixes, with values that are older than they may be, for example
+            `(Freshness("flags/", max_age_s=20, on_stale="fail"),)`; without it they are served, whatever their age.
         start_timeout_s: seconds that the first requests wait for the first list.
         relay: `auto`: this process stands for election as the mirror's relay, if its credentials allow it; `never`.
         instance: this process's name, as status shows it; default `host:pid:` and a random part.
@@ -117,6 +120,7 @@ class ConfigClient:
         last_known_good: str | os.PathLike[str] | None = None,
         telemetry: str = "requests",
         max_age_s: float = MAX_AGE_S,
+        freshness: Sequence[Freshness] = (),
         start_timeout_s: float = 5.0,
         fetch_timeout_s: float = 2.0,
         lazy_max_bytes: int = 64 * 1024 * 1024,
@@ -147,7 +151,8 @@ class ConfigClient:
         if not isinstance(lazy_max_bytes, int) or isinstance(lazy_max_bytes, bool) or lazy_max_bytes <= 0:
             raise SettingsError(f"lazy_max_bytes is a positive whole number of bytes, not {lazy_max_bytes!r}")
         try:
-            self._views = Views(
+            self._views = self._made_views(
+                freshness,
                 layers=_layers(layers),
                 defaults=defaults or {},
                 max_age_s=_positive("max_age_s", max_age_s),
@@ -191,6 +196,14 @@ class ConfigClient:
         self._stats = _Stats(self)
         _clients.add(self)
         _hook_process()
+
+    def _made_views(self, freshness: Sequence[Freshness], **options: Any) -> Views:
+        if not freshness:
+            return Views(**options)
+        from veltrix_mw.fresh_views import FreshViews, least_age_s
+
+        rules = FreshnessRules(freshness, least_s=least_age_s(mirrored=self._mirror is not None))
+        return FreshViews(rules, **options) if rules else Views(**options)
 
     def _read_lazily(self, lazy: tuple[str, ...], schemas: Mapping[str, Any], max_bytes: int) -> None:
         """Give the views what they load lazy units with."""
@@ -255,6 +268,8 @@ class ConfigClient:
         if self._follower is not None:
             return  # somebody has started it again meanwhile
         self._subscriptions.close()
+        if self._views.lapses is not None:
+            self._views.lapses.stop()
         if self._views.reader is not None:
             self._views.reader.close(timeout_s=max(0.1, deadline_s - time.monotonic()))
         if self._disk is not None and follower is not None:
@@ -345,6 +360,8 @@ class ConfigClient:
             return
         self._pid = pid
         self._subscriptions.resume()
+        if self._views.lapses is not None:
+            self._views.lapses.start()
         self._start_relay()
 
     def _start_relay(self) -> None:
@@ -850,6 +867,10 @@ class _Stats:
     @property
     def dropped_layers(self) -> int:
         return self._client._views.dropped
+
+    @property
+    def stale_reads(self) -> int:
+        return self._client._views.stale_reads
 
     @property
     def fetches(self) -> Mapping[str, int]:

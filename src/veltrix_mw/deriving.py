@@ -5,12 +5,13 @@ Owns when such a value still holds in another view, and the cache of them; compu
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
-from veltrix_mw.errors import HeldBack, NotLoaded, NotReady
+from veltrix_mw.errors import HeldBack, NotLoaded, NotReady, StaleRead
 from veltrix_mw.section import Section
 
 __all__ = ["MOST_DERIVED", "Derived", "DerivedCache"]
@@ -33,7 +34,7 @@ class Derived:
     (its revision, say), or more than is worth keeping for a comparison.
     """
 
-    __slots__ = ("alone", "keys", "model", "result", "sections")
+    __slots__ = ("alone", "keys", "limit_s", "model", "result", "sections")
 
     def __init__(
         self,
@@ -42,12 +43,14 @@ class Derived:
         sections: Mapping[str, Section],
         model: Any,
         alone: bool = False,
+        limit_s: float = math.inf,
     ) -> None:
         self.result = result
         self.keys = keys
         self.sections = sections
         self.model = model  # keeps what an id() in the cache's key refers to alive
         self.alone = alone
+        self.limit_s = limit_s  # the age up to which what it read may be remembered
 
     @property
     def size(self) -> int:
@@ -61,7 +64,7 @@ class Derived:
             return all(same(view._resolve(key), value) for key, value in self.keys.items()) and all(
                 same_section(view._section(prefix), section) for prefix, section in self.sections.items()
             )
-        except (HeldBack, NotLoaded, NotReady):
+        except (HeldBack, NotLoaded, NotReady, StaleRead):
             return False
 
 

@@ -104,6 +104,11 @@ class Stats(Protocol):
         ...
 
     @property
+    def stale_reads(self) -> int:
+        """Reads refused so far, as what they asked for was older than it may be."""
+        ...
+
+    @property
     def fetches(self) -> Mapping[str, int]:
         """Fetches of lazy units so far, by result: `hit`, `miss`, `coalesced`, `error`."""
         ...
@@ -411,6 +416,7 @@ class _Instruments:
 
         counter("veltrix.views", "{view}", "Views pinned", lambda stats: stats.views)
         counter("veltrix.rejected", "{change}", "Changes held back", lambda stats: stats.rejections)
+        counter("veltrix.stale_reads", "{read}", "Reads refused as stale", lambda stats: stats.stale_reads)
         counter("veltrix.layers.dropped", "{layer}", "Invalid layers dropped", lambda stats: stats.dropped_layers)
         meter.create_observable_counter(
             "veltrix.fetches", [lambda _: self._results()], "{fetch}", "Fetches of lazy units, by result"

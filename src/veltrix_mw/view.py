@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from veltrix_mw.deriving import MOST_DERIVED, Derived
-from veltrix_mw.errors import HeldBack, InvalidKey, KeyMissing, NotLoaded, NotReady
+from veltrix_mw.errors import HeldBack, InvalidKey, KeyMissing, NotLoaded, NotReady, StaleRead
+from veltrix_mw.freshness import Freshness, FreshnessRules
 from veltrix_mw.keys import check_key, check_prefix, is_key, unit_of
+from veltrix_mw.memo import Memo
 from veltrix_mw.pinning import pinned_view
 from veltrix_mw.section import Section
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.values import MISSING, FrozenDict
+from veltrix_mw.words import ago
 
 if TYPE_CHECKING:
     from veltrix_mw.unit_reader import UnitReader
@@ -49,8 +52,9 @@ class View(Mapping[str, Any]):
     overrides, the request's layers in order, the client's layers, the base, the defaults; the first that has it wins.
 
     Reading raises `KeyMissing` (no such key), `HeldBack` (its value was rejected and no good one is known), `NotLoaded`
-    (it lies below a lazy prefix, or a layer does, and that unit was not fetched), or `NotReady` (nothing was listed
-    yet; keys in the defaults can be read all the same). `get` gives its default for `KeyMissing` alone.
+    (it lies below a lazy prefix, or a layer does, and that unit was not fetched), `StaleRead` (it is older than its
+    prefix allows), or `NotReady` (nothing was listed yet; keys in the defaults can be read all the same). `get` gives
+    its default for `KeyMissing` alone.
     """
 
     __slots__ = (
@@ -59,6 +63,7 @@ class View(Mapping[str, Any]):
         "_hot",
         "_keys",
         "_layers",
+        "_memo",
         "_overrides",
         "_own",
         "_request_layers",
@@ -79,6 +84,7 @@ class View(Mapping[str, Any]):
     _sections: dict[str, Section]
     _derived: dict[Any, Derived]
     _units: dict[str, Snapshot | str]  # lazy units as of this view; a str says why one could not be loaded
+    _memo: Memo | None  # where prefixes are to be fresh: sees to it that the memos above forget what is too old
 
     def __init__(self) -> None:
         raise TypeError("views are made by client.view(), by the middleware and by client.pinned()")
@@ -105,6 +111,8 @@ class View(Mapping[str, Any]):
         view._sections = {}
         view._derived = {}
         view._units = {}
+        fresh = views.freshness is not None
+        view._memo = Memo(snapshot._proof, hot, view._sections, view._derived) if fresh else None
         return view
 
     def _as(self, kind: type[_V]) -> _V:
@@ -121,6 +129,7 @@ class View(Mapping[str, Any]):
         view._sections = self._sections
         view._derived = self._derived
         view._units = self._units
+        view._memo = self._memo
         return view
 
     def _of_one(self, units: dict[str, Snapshot | str] | None = None) -> View:
@@ -139,7 +148,7 @@ class View(Mapping[str, Any]):
         return self._find(key)
 
     def get(self, key: str, /, default: Any = None) -> Any:
-        """The value of `key`, or `default` when there is none. Raises `HeldBack` and `NotReady` like `[]`."""
+        """The value of `key`, or `default` when there is none. Raises what `[]` does, but for `KeyMissing`."""
         try:
             return self._hot[key]
         except KeyError:
@@ -161,14 +170,17 @@ class View(Mapping[str, Any]):
         value = self._resolve(key)
         # There are any number of lazy keys: those that all requests read are not to go because of them.
         if value is not MISSING and not (self._views.lazy and key.startswith(self._views.lazy)):  # type: ignore[attr-defined]
-            hot = self._hot
-            if len(hot) >= _HOT_KEYS:
-                hot.clear()
-            hot[key] = value  # type: ignore[index]
+            limit_s = math.inf if self._memo is None else self._limit_of(key)  # type: ignore[arg-type]
+            if limit_s > 0:
+                hot = self._hot
+                if len(hot) >= _HOT_KEYS:
+                    hot.clear()
+                hot[key] = value  # type: ignore[index]
+                self._remember_until(limit_s)
         return value
 
     def _resolve(self, key: object) -> Any:
-        """The value of `key` by the order of precedence, or `MISSING`; raises `HeldBack`, `NotLoaded` or `NotReady`."""
+        """The value of `key` by the order of precedence, or `MISSING`; raises what `[]` does, but for `KeyMissing`."""
         if not isinstance(key, str):
             return MISSING
         if key in self._overrides:
@@ -179,8 +191,8 @@ class View(Mapping[str, Any]):
             if key in defaults:
                 return defaults[key]
             raise self._not_ready(key)
-        if self._views.lazy:
-            return self._resolve_lazily(key)
+        if self._views.lazy or self._memo is not None:
+            return self._resolve_by_name(key)
         entries = snapshot._entries
         for layer in self._layers:
             value = entries.get(layer + key)
@@ -196,10 +208,10 @@ class View(Mapping[str, Any]):
                 _check_held(snapshot, name)
         return MISSING
 
-    def _resolve_lazily(self, key: str) -> Any:
-        """As `_resolve` goes on, where some prefixes are lazy."""
+    def _resolve_by_name(self, key: str) -> Any:
+        """As `_resolve` goes on, where some prefixes are lazy, or are to be fresh."""
         read: list[tuple[Snapshot, str]] = []
-        for name in (*(layer + key for layer in self._layers), key):
+        for name in self._usable(self._names(key)):
             holder = self._holder(name)
             value = holder._entries.get(name)
             if value is not MISSING:
@@ -210,6 +222,10 @@ class View(Mapping[str, Any]):
         for holder, name in read:
             _check_held(holder, name)
         return MISSING
+
+    def _names(self, key: str) -> tuple[str, ...]:
+        """The store's keys that a key stands for: those in the layers, and itself."""
+        return (*(layer + key for layer in self._layers), key)
 
     def _holder(self, name: str) -> Snapshot:
         """What holds a key or a prefix: its lazy unit, or the snapshot. Raises `NotLoaded`.
@@ -249,6 +265,8 @@ class View(Mapping[str, Any]):
     def _absent(self, key: object) -> KeyMissing:
         if not isinstance(key, str) or not is_key(key):
             return KeyMissing(f"{key!r} is not a key; keys look like checkout/max_items")
+        if self._memo is not None and any(map(self._is_too_old, self._names(key))):
+            return KeyMissing(f"{key!r} has no default, and what the store has is older than its prefix allows")
         below = f", nor below {', '.join(self._layers)}" if self._layers else ""
         return KeyMissing(f"there is no key {key!r} at revision {self._snapshot._revision}{below}")
 
@@ -266,16 +284,17 @@ class View(Mapping[str, Any]):
         return len(self._all_keys())
 
     def _all_keys(self) -> tuple[str, ...]:
-        keys = self._keys
-        if keys is None:
+        keys, passed = self._keys, self._passed_over("")
+        if keys is None or passed:
             if self._snapshot._origin == "none" and not self._overrides and not self._views.defaults:
                 raise self._not_ready("the keys")
-            found = set(self._snapshot._entries) | set(self._views.defaults) | set(self._overrides)
+            found = {item[0] for item in self._below("")} if passed else set(self._snapshot._entries)
+            found.update(self._views.defaults, self._overrides)
             for layer in self._layers:
                 cut = len(layer)
-                found.update(item[0][cut:] for item in self._holder(layer).below(layer))
+                found.update(item[0][cut:] for item in self._below(layer))
             keys = tuple(sorted(found))
-            if self._is_base or len(keys) <= _KEPT_ENTRIES:
+            if not passed and (self._is_base or len(keys) <= _KEPT_ENTRIES):
                 self._keys = keys
         return keys
 
@@ -322,6 +341,9 @@ class View(Mapping[str, Any]):
     @property
     def age_s(self) -> float:
         """Seconds since its snapshot was last proved current; `inf` before that. Goes on ticking."""
+        return self._age()
+
+    def _age(self) -> float:
         at_s = self._snapshot._proof.at_s
         return math.inf if at_s == -math.inf else max(0.0, self._views.clock() - at_s)
 
@@ -336,6 +358,101 @@ class View(Mapping[str, Any]):
         Overrides of the process are as they are now.
         """
         return self._views.view(self._request_layers, self._own)
+
+    # Freshness. What is too old is looked for where a memo has nothing: memos forget as they become too old.
+
+    def _usable(self, names: tuple[str, ...]) -> Iterable[str]:
+        """Those of the store's keys that may be read; raises `StaleRead` once it comes to one that is to fail."""
+        rules = self._views.freshness
+        return names if rules is None else self._fresh(names, rules)
+
+    def _fresh(self, names: tuple[str, ...], rules: FreshnessRules) -> Iterator[str]:
+        age_s = self._age()
+        for name in names:
+            rule = rules.of(name)
+            if rule is None or age_s <= rule.max_age_s:
+                yield name
+            elif rule.on_stale == "fail":
+                raise self._too_old(repr(name), rule, age_s)
+
+    def _is_too_old(self, name: str) -> bool:
+        """Whether a key of the store is older than it may be."""
+        rules = self._views.freshness
+        rule = None if rules is None else rules.of(name)
+        return rule is not None and self._age() > rule.max_age_s
+
+    def _below(self, region: str, *, rejected: bool = False) -> Iterable[tuple[Any, ...]]:
+        """The store's entries below a prefix, or its rejections there, that may be read; raises `StaleRead`."""
+        rules, passed = self._views.freshness, self._passed_over(region)
+        if passed and rules is not None and rules.of(region) in passed and not rules.divides(region):
+            return ()  # also where it lies in a lazy unit that is not loaded
+        holder = self._holder(region)
+        found: Iterable[tuple[Any, ...]] = (holder._rejected if rejected else holder).below(region)
+        return (item for item in found if rules.of(item[0]) not in passed) if passed and rules is not None else found
+
+    def _passed_over(self, region: str) -> tuple[Freshness, ...]:
+        """The rules whose keys below a prefix are too old to be there; raises `StaleRead` where they are to fail."""
+        rules = self._views.freshness
+        if rules is None or self._snapshot._origin == "none":
+            return ()
+        age_s = self._age()
+        passed = tuple(rule for rule in rules.within(region) if age_s > rule.max_age_s)
+        for rule in passed:
+            if rule.on_stale == "fail":
+                raise self._too_old(f"all below {rule.prefix!r}", rule, age_s)
+        return passed
+
+    def _too_old(self, what: str, rule: Freshness, age_s: float) -> StaleRead:
+        views = self._views
+        views.stale_reads += 1
+        was = "never proved current" if age_s == math.inf else f"last proved current {ago(age_s)}"
+        if views.base._age() <= rule.max_age_s:
+            remedy = "renew the view: the newest one is fresh"
+        else:
+            reason = views.trouble()
+            remedy = "wait until the store confirms it" + (f" ({reason})" if reason else "")
+        return StaleRead(f"{what} was {was}, and {rule.prefix!r} allows {rule.max_age_s:g} s: {remedy}")
+
+    def _limit_of(self, key: str) -> float:
+        """The age up to which what was read at `key` may be remembered; 0: not at all."""
+        rules = self._views.freshness
+        if rules is None or key in self._overrides:
+            return math.inf
+        return self._limit(rules.of(name) for name in self._names(key))
+
+    def _limit_of_section(self, prefix: str) -> float:
+        rules = self._views.freshness
+        if rules is None:
+            return math.inf
+        return self._limit(rule for region in self._names(prefix) for rule in rules.within(region))
+
+    def _limit_of_derived(self, derived: Derived) -> float:
+        if self._memo is None:
+            return math.inf
+        if derived.alone:
+            return derived.limit_s
+        limits = (*map(self._limit_of, derived.keys), *map(self._limit_of_section, derived.sections))
+        return min(limits, default=math.inf)
+
+    def _count_too_old(self) -> int:
+        """How many of the rules refuse what this view has."""
+        rules = self._views.freshness
+        if rules is None:
+            return 0
+        age_s = self._age()
+        return sum(age_s > rule.max_age_s for rule in rules.within(""))
+
+    def _limit(self, rules: Iterable[Freshness | None]) -> float:
+        limit_s = min((rule.max_age_s for rule in rules if rule is not None), default=math.inf)
+        if limit_s == math.inf:
+            return limit_s
+        lapses = self._views.lapses
+        return limit_s if lapses is not None and lapses.running and self._age() <= limit_s else 0.0
+
+    def _remember_until(self, limit_s: float) -> None:
+        """See to it that what was just put into a memo is forgotten at this age."""
+        if self._memo is not None and limit_s < math.inf and self._views.lapses is not None:
+            self._views.lapses.keep(self._memo, limit_s)
 
     # Lazy units
 
@@ -381,9 +498,9 @@ class View(Mapping[str, Any]):
             check_key(key)
             if key in self._overrides:
                 continue
-            for name in (*(layer + key for layer in self._layers), key):
+            for name in self._names(key):
                 unit = unit_of(name, lazy)
-                if unit and not isinstance(self._units.get(unit), Snapshot):
+                if unit and not isinstance(self._units.get(unit), Snapshot) and not self._is_too_old(name):
                     wanted[unit] = None
         return list(wanted)
 
@@ -436,8 +553,8 @@ class View(Mapping[str, Any]):
         """The mapping below `prefix` (which ends with '/'), the prefix cut off. Costs its own size, once a view.
 
         Of a view with layers of a request or with overrides, sections of more than 256 keys are not kept, and cost
-        that each time. Raises `InvalidKey` for what is no prefix, `NotReady` when nothing was listed yet and neither
-        defaults nor overrides have a key below it.
+        that each time. Raises `InvalidKey` for what is no prefix, `StaleRead` where some of it is older than it may be,
+        `NotReady` when nothing was listed yet and neither defaults nor overrides have a key below it.
         """
         return self._section(check_prefix(prefix))
 
@@ -445,6 +562,9 @@ class View(Mapping[str, Any]):
         section = self._sections.get(prefix)
         if section is None:
             section = self._make_section(prefix)
+            limit_s = self._limit_of_section(prefix)
+            if limit_s <= 0:
+                return section
             kept = self._sections
             if len(kept) >= _SECTIONS or not (
                 self._is_base or len(section) + sum(len(other) for other in list(kept.values())) <= _KEPT_ENTRIES
@@ -452,6 +572,7 @@ class View(Mapping[str, Any]):
                 kept.clear()
             if self._is_base or len(section) <= _KEPT_ENTRIES:
                 kept[prefix] = section
+                self._remember_until(limit_s)
         return section
 
     def _make_section(self, prefix: str) -> Section:
@@ -459,12 +580,12 @@ class View(Mapping[str, Any]):
         found = {key[cut:]: value for key, value in self._views.defaults.items() if key.startswith(prefix)}
         for layer in ("", *reversed(self._layers)):
             start = len(layer) + cut
-            found.update({item[0][start:]: item[1] for item in self._holder(layer + prefix).below(layer + prefix)})
+            found.update({item[0][start:]: item[1] for item in self._below(layer + prefix)})
         found.update({key[cut:]: value for key, value in self._overrides.items() if key.startswith(prefix)})
         held: dict[str, HeldBack] = {}
         for layer in (*self._layers, "") if snapshot._rejected or self._views.lazy else ():
             start = len(layer) + cut
-            for name, why in self._holder(layer + prefix)._rejected.below(layer + prefix):
+            for name, why in self._below(layer + prefix, rejected=True):
                 key = name[start:]
                 if key not in found and key not in held and not why.deleted:
                     held[key] = HeldBack(f"{name!r} is held back: revision {why.revision} was rejected ({why.reason})")
@@ -524,20 +645,24 @@ class View(Mapping[str, Any]):
         shared = (name, self._request_layers)
         derived = self._views.derived.get(shared)
         if derived is None or not derived.holds_in(self):
-            flight = (shared, id(self._snapshot), id(self._overrides))
+            # Who asks when it is too old does not take what was begun while it was fresh.
+            flight = (shared, id(self._snapshot), id(self._overrides), self._count_too_old())
             derived = self._views.flights.run(flight, lambda: self._compute(fn, model))
             if not derived.alone:
                 self._views.derived.put(shared, derived)
             elif self._views.lazy:
                 return derived  # it may be of a view that lacked a unit, and the memo is shared
-        if len(self._derived) >= MOST_DERIVED:
-            self._derived.clear()
-        self._derived[name] = derived
+        limit_s = self._limit_of_derived(derived)
+        if limit_s > 0:
+            if len(self._derived) >= MOST_DERIVED:
+                self._derived.clear()
+            self._derived[name] = derived
+            self._remember_until(limit_s)
         return derived
 
     def _compute(self, fn: Callable[[View], Any], model: Any) -> Derived:
         tracking = self._as(_TrackingView)
-        tracking._reads, tracking._read_sections, tracking._alone = {}, {}, False
+        tracking._reads, tracking._read_sections, tracking._alone, tracking._limit_s = {}, {}, False, math.inf
         current = pinned_view.get(None)
         # What `fn` reads by way of current_view() is read from here too; a view of another client stays that.
         token = pinned_view.set(tracking) if current is None or current._views is self._views else None
@@ -546,11 +671,12 @@ class View(Mapping[str, Any]):
         finally:
             if token is not None:
                 pinned_view.reset(token)
-        derived = Derived(result, tracking._reads, tracking._read_sections, model, tracking._alone)
+        limit_s = tracking._limit_s
+        derived = Derived(result, tracking._reads, tracking._read_sections, model, tracking._alone, limit_s)
         # `fn` may have kept the view: what it reads later is nobody's dependency.
         tracking._reads, tracking._read_sections = {}, {}
         if derived.alone or not (self._is_base or derived.size <= _KEPT_ENTRIES):
-            return Derived(result, {}, {}, model, alone=True)
+            return Derived(result, {}, {}, model, alone=True, limit_s=limit_s)
         return derived
 
     def _read(self, key: str) -> Any:
@@ -577,9 +703,10 @@ _V = TypeVar("_V", bound=View)
 class _TrackingView(View):
     """A view that notes what is read from it, for `derive`."""
 
-    __slots__ = ("_alone", "_read_sections", "_reads")
+    __slots__ = ("_alone", "_limit_s", "_read_sections", "_reads")
 
     _alone: bool  # something was read that is of this view alone
+    _limit_s: float  # the age up to which all that was read may be remembered
     _reads: dict[str, Any]
     _read_sections: dict[str, Section]
 
@@ -599,9 +726,12 @@ class _TrackingView(View):
     def _noted(self, key: str) -> Any:
         try:
             value = self._remembered(key)
-        except (HeldBack, NotLoaded, NotReady):
+        except (HeldBack, NotLoaded, NotReady, StaleRead):
             self._alone = True  # `fn` may catch it, and that must not outlive its cause
             raise
+        finally:
+            if self._memo is not None and isinstance(key, str):
+                self._limit_s = min(self._limit_s, self._limit_of(key))
         if isinstance(key, str):
             self._reads[key] = value
         return value
@@ -609,9 +739,12 @@ class _TrackingView(View):
     def _section(self, prefix: str) -> Section:
         try:
             section = self._read_sections[prefix] = super()._section(prefix)
-        except (NotLoaded, NotReady):
+        except (NotLoaded, NotReady, StaleRead):
             self._alone = True
             raise
+        finally:
+            if self._memo is not None:
+                self._limit_s = min(self._limit_s, self._limit_of_section(prefix))
         return section
 
     @property
@@ -639,14 +772,19 @@ class _TrackingView(View):
         return super().renew()
 
     def _all_keys(self) -> tuple[str, ...]:
-        self._read_sections[""] = View._section(self, "")
+        self._section("")
         return super()._all_keys()
 
     def _derive(self, name: Any, fn: Callable[[View], Any], model: Any) -> Derived:
-        derived = super()._derive(name, fn, model)
+        try:
+            derived = super()._derive(name, fn, model)
+        except Exception:
+            self._alone, self._limit_s = True, 0.0  # what was read within is not known here
+            raise
         self._reads.update(derived.keys)
         self._read_sections.update(derived.sections)
         self._alone = self._alone or derived.alone
+        self._limit_s = min(self._limit_s, self._limit_of_derived(derived))
         return derived
 
 

@@ -22,6 +22,8 @@ from veltrix_mw.values import FrozenDict, freeze
 from veltrix_mw.view import CountingView, LookupView, Tally, View
 
 if TYPE_CHECKING:
+    from veltrix_mw.freshness import FreshnessRules
+    from veltrix_mw.lapses import Lapses
     from veltrix_mw.lazy import LazyUnits
     from veltrix_mw.unit_reader import UnitReader
 
@@ -45,6 +47,10 @@ class Views:
 
     `publish` is called by one thread; `view` by any.
     """
+
+    # Of a client that asks for freshness: `FreshViews`.
+    freshness: FreshnessRules | None = None
+    lapses: Lapses | None = None
 
     def __init__(
         self,
@@ -78,6 +84,7 @@ class Views:
         self.flights = InlineFlight()
         self.made = 0  # views given out
         self.dropped = 0  # invalid layers of requests that were dropped
+        self.stale_reads = 0  # reads that were refused
         self._layered: OrderedDict[tuple[str, ...], View] = OrderedDict()
         self._lock = threading.Lock()  # protects _layered's order, and publish against override_process
         self.base = View._make(self, Snapshot(), (), process_overrides(), {})

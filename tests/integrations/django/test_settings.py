@@ -15,7 +15,7 @@ from django.test import Client, RequestFactory, override_settings
 
 from django_veltrix import ConfigMiddleware, config, get_client
 from tests.support.waiting import wait_until
-from veltrix_mw import ConfigClient, InvalidValue, SettingsError, VeltrixError
+from veltrix_mw import ConfigClient, Freshness, InvalidValue, SettingsError, StaleRead, VeltrixError
 
 URLS = "tests.integrations.django.project.urls"
 
@@ -101,6 +101,18 @@ def test_max_age_s_says_when_a_view_is_stale(site):
         assert view.stale
     with site(answer, veltrix={"URL": "memory://", "MAX_AGE_S": 3600}).pinned() as view:
         assert not view.stale
+
+
+def test_freshness_refuses_what_is_too_old(site, put):
+    rule = Freshness("flags/", max_age_s=20, on_stale="fail")
+    client = site(answer, veltrix={"URL": "memory://", "FRESHNESS": [rule]})
+    put(client, "flags/stop", False)
+    view = client.view()
+    assert view["flags/stop"] is False
+    client.close()  # nobody confirms it from here on
+    view._snapshot._proof.at_s -= 21
+    with pytest.raises(StaleRead):
+        view["flags/stop"]
 
 
 def test_start_timeout_s_is_the_clients(site):
@@ -265,6 +277,8 @@ WRONG = [
     ({"URL": "memory://", "LAST_KNOWN_GOOD": 5}, "path of a folder"),
     ({"URL": "memory://", "TELEMETRY": "loud"}, "not a level"),
     ({"URL": "memory://", "MAX_AGE_S": 0}, "max_age_s is a positive number"),
+    ({"URL": "memory://", "FRESHNESS": "flags/"}, r"\['FRESHNESS'\] is a list such as \[Freshness"),
+    ({"URL": "memory://", "FRESHNESS": ["flags/"]}, "freshness is a sequence such as"),
     ({"URL": "memory://", "START_TIMEOUT_S": "5"}, "start_timeout_s is a positive number"),
     ({"URL": "memory://", "REVISION_HEADER": "yes"}, "True or False"),
     ({"URL": "memory://", "REQUEST_LAYERS": "no.such.function"}, r"\['REQUEST_LAYERS'\]: .*dotted path"),

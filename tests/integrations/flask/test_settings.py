@@ -15,7 +15,7 @@ from flask import Flask
 from flask_veltrix import Veltrix, config
 from tests.integrations.flask.conftest import change
 from tests.support.waiting import wait_until
-from veltrix_mw import ConfigClient, InvalidValue, NotReady, SettingsError
+from veltrix_mw import ConfigClient, Freshness, InvalidValue, NotReady, SettingsError, StaleRead
 
 
 def make_app(**settings: Any) -> Flask:
@@ -83,6 +83,20 @@ def test_age_start_timeout_and_last_known_good_reach_the_client(tmp_path: Path) 
     assert list((tmp_path / "kept").iterdir())
 
 
+def test_freshness_reaches_the_client_and_reads_are_refused_by_it() -> None:
+    rule = Freshness("flags/", max_age_s=20, on_stale="fail")
+    app = make_app(url="memory://", freshness=[rule])
+    client = client_of(app)
+    change(client, {"flags/stop": False, "limit": 1})
+    view = client.view()
+    assert view["flags/stop"] is False
+    client.close()  # nobody confirms it from here on
+    view._snapshot._proof.at_s -= 21
+    with pytest.raises(StaleRead):
+        view["flags/stop"]
+    assert view["limit"] == 1
+
+
 def test_a_mirror_its_relay_and_what_that_leaves_out_reach_the_client(tmp_path: Path, mirror: str) -> None:
     url = f"sqlite:///{tmp_path}/c.db"
     reader = make_app(url=url, mirror_url=mirror, lazy=["tenants/"], relay="never")
@@ -138,6 +152,7 @@ def _with(app: Flask, **settings: Any) -> Flask:
         ({"url": "memory://", "telemetry": "all"}, "telemetry"),
         ({"url": "memory://", "max_age_s": "15"}, "max_age_s"),
         ({"url": "memory://", "layers": "env/prod/"}, "sequence of prefixes"),
+        ({"url": "memory://", "freshness": ["flags/"]}, "freshness is a sequence such as"),
         ({"url": "mysql://x"}, "mysql"),
         ({"url": "memory://", "mirror": "redis://h"}, "did you mean VELTRIX_MIRROR_URL?"),
         ({"url": "memory://", "mirror_url": "sqlite:///m.db"}, "a mirror is a Redis"),
