@@ -50,6 +50,7 @@ __all__ = [
     "UnitFeed",
     "UnitMirror",
     "Unitary",
+    "Verifiable",
     "Watch",
     "Written",
 ]
@@ -319,6 +320,15 @@ class Unitary(Protocol):
         Where the position's fingerprint is empty its revision alone is gone by. Raises `Compacted` when that is no
         longer kept, `Restored` when it is not in the history.
         """
+        ...
+
+
+@runtime_checkable
+class Verifiable(Protocol):
+    """A store that tells cheaper than by `confirm` whether it has a position in its history."""
+
+    def verify(self, position: Position, *, timeout_s: float) -> None:
+        """Raises `Restored` where it has not, `Compacted` where that can no longer be told by its history."""
         ...
 
 

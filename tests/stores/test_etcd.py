@@ -790,6 +790,34 @@ def test_a_watch_that_is_opened_anew_goes_on_without_a_gap(
     assert len(begun) > 15, "it was opened anew each time that it was due"
 
 
+def test_that_a_position_is_in_the_history_is_told_without_a_count_of_the_namespace(
+    shared: EtcdCluster, name: str, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(shared, name)
+    put(store, "a", b"0")
+    old = here(store)
+    put(store, "a", b"1")
+    now = here(store)
+    asked: list[Any] = []
+    ranges = store._ranges
+    monkeypatch.setattr(store, "_ranges", lambda found, by_s: asked.extend(found) or ranges(found, by_s))
+    for position in (old, now):
+        store.verify(position, timeout_s=WITHIN_S)
+    assert len(asked) == 4
+    assert not any(each.range_end for each in asked), "keys one by one"
+    for other in (
+        Position("0123456789abcdef", now.revision, now.fingerprint),
+        Position(now.incarnation, now.revision + 1_000, now.fingerprint),
+        Position(now.incarnation, now.revision, now.fingerprint[::-1] + "0"),
+    ):
+        with pytest.raises(Restored):
+            store.verify(other, timeout_s=WITHIN_S)
+    shared.compact(now.revision)
+    with pytest.raises(Compacted):
+        store.verify(old, timeout_s=WITHIN_S)
+    store.verify(now, timeout_s=WITHIN_S)
+
+
 # --- members that fail
 
 

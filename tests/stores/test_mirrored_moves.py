@@ -340,6 +340,30 @@ def test_a_start_asks_the_authority_whether_the_mirror_is_its_own() -> None:
     assert not rig.store.list(timeout_s=1).passed_over
 
 
+@pytest.mark.parametrize(
+    ("answer", "asked", "origin"),
+    [
+        (None, ["verify"], "redis"),
+        (Restored("another"), ["verify", "list"], "etcd"),
+        (Compacted("nobody knows"), ["verify", "confirm"], "redis"),
+        (StoreUnavailable("no route"), ["verify"], "redis"),
+    ],
+)
+def test_a_start_asks_cheaper_where_the_authority_can_be(
+    answer: Exception | None, asked: list[str], origin: str
+) -> None:
+    rig = Rig()
+
+    def verify(position: Position, *, timeout_s: float) -> None:
+        assert position == rig.mirror.stands
+        rig.authority.asked.append("verify")
+        if answer is not None:
+            raise answer
+
+    rig.authority.verify = verify  # type: ignore[attr-defined]
+    assert (rig.store.list(timeout_s=1).origin, rig.authority.asked) == (origin, asked)
+
+
 def test_a_start_from_a_mirror_that_is_not_well_says_which_tier_fails_and_asks_that_once() -> None:
     rig = Rig()
     rig.mirror.age_s = 60.0

@@ -33,9 +33,11 @@ from veltrix_mw.protocols import (
     RawOperation,
     RawUnit,
     RawVersion,
+    Restored,
     Store,
     StoreInfo,
     UnitMirror,
+    Verifiable,
     Watch,
 )
 from veltrix_mw.stores.tiers import Tier, Tiers
@@ -319,19 +321,34 @@ class MirroredStore:
         if alone or not is_new:
             return True, ""
         try:
-            incarnation = self.authority.confirm(position, timeout_s=FIRST_LOOK_TIMEOUT_S).incarnation
-        except Compacted:  # or `Restored`: the authority does not know such a history, or no longer
-            incarnation = ""
+            if self._is_in_history(position):
+                return True, ""
         except StoreError as exc:
             return True, _unanswered(exc)
-        if incarnation == position.incarnation:
-            return True, ""
         with self._lock:
             # Only until the authority is followed: there, a mirror of another incarnation is not gone back to.
             self._tiers.shun(
                 "it holds an incarnation that the authority does not have", now_s=self._clock(), for_s=DISOWNED_S
             )
         return False, ""
+
+    def _is_in_history(self, position: Position) -> bool:
+        """Whether the authority has that incarnation; by the cheapest question, as whole fleets start at once."""
+        verifies = self.authority if isinstance(self.authority, Verifiable) else None
+        if verifies is not None:
+            try:
+                verifies.verify(position, timeout_s=FIRST_LOOK_TIMEOUT_S)
+            except Restored:
+                return False
+            except Compacted:
+                pass  # nobody can tell by the history any more
+            else:
+                return True
+        try:
+            confirmation = self.authority.confirm(position, timeout_s=FIRST_LOOK_TIMEOUT_S)
+        except Compacted:  # or `Restored`: it does not know such a history, or no longer
+            return False
+        return confirmation.incarnation == position.incarnation
 
     def _ask_mirror(self, timeout_s: float, *, alone: bool = False) -> MirrorState | None:
         """Where the mirror stands, told to the tiers; None where it does not say. `alone`: the authority fails."""
