@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import IO, Final
 
+from tests.support.stopping import stop
 from veltrix_mw.errors import LeaseLost
 from veltrix_mw.leases import Lease, open_lease
 
@@ -67,7 +68,7 @@ class Holder:
 
     def stop(self) -> None:
         """SIGSTOP."""
-        self.process.send_signal(signal.SIGSTOP)
+        stop(self.process.pid)
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)

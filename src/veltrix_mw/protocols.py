@@ -42,6 +42,7 @@ __all__ = [
     "RawOperation",
     "RawUnit",
     "RawVersion",
+    "Recognizing",
     "Remembered",
     "Restored",
     "Silent",
@@ -50,7 +51,6 @@ __all__ = [
     "UnitFeed",
     "UnitMirror",
     "Unitary",
-    "Verifiable",
     "Watch",
     "Written",
 ]
@@ -324,10 +324,10 @@ class Unitary(Protocol):
 
 
 @runtime_checkable
-class Verifiable(Protocol):
+class Recognizing(Protocol):
     """A store that tells cheaper than by `confirm` whether it has a position in its history."""
 
-    def verify(self, position: Position, *, timeout_s: float) -> None:
+    def recognize(self, position: Position, *, timeout_s: float) -> None:
         """Raises `Restored` where it has not, `Compacted` where that can no longer be told by its history."""
         ...
 

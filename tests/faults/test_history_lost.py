@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.checker import Publication
 from tests.faults.rig import SLACK, Links, Rig, rig
+from tests.support.stopping import stop
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
@@ -115,7 +116,7 @@ def test_a_worker_that_was_frozen_while_a_backup_was_restored_is_not_fooled_by_a
         old = {pid: published[-1] for pid, published in made.publications().items()}
         before = _counts(made)
         made.checker.restores += 1
-        os.kill(frozen, signal.SIGSTOP)
+        stop(frozen)
         try:
             made.cluster.restore(backup)
             # Past what the frozen one knows: its revision exists again, and is another one.

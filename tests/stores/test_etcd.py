@@ -802,7 +802,7 @@ def test_that_a_position_is_in_the_history_is_told_without_a_count_of_the_namesp
     ranges = store._ranges
     monkeypatch.setattr(store, "_ranges", lambda found, by_s: asked.extend(found) or ranges(found, by_s))
     for position in (old, now):
-        store.verify(position, timeout_s=WITHIN_S)
+        store.recognize(position, timeout_s=WITHIN_S)
     assert len(asked) == 4
     assert not any(each.range_end for each in asked), "keys one by one"
     for other in (
@@ -811,11 +811,11 @@ def test_that_a_position_is_in_the_history_is_told_without_a_count_of_the_namesp
         Position(now.incarnation, now.revision, now.fingerprint[::-1] + "0"),
     ):
         with pytest.raises(Restored):
-            store.verify(other, timeout_s=WITHIN_S)
+            store.recognize(other, timeout_s=WITHIN_S)
     shared.compact(now.revision)
     with pytest.raises(Compacted):
-        store.verify(old, timeout_s=WITHIN_S)
-    store.verify(now, timeout_s=WITHIN_S)
+        store.recognize(old, timeout_s=WITHIN_S)
+    store.recognize(now, timeout_s=WITHIN_S)
 
 
 # --- members that fail

@@ -343,10 +343,10 @@ def test_a_start_asks_the_authority_whether_the_mirror_is_its_own() -> None:
 @pytest.mark.parametrize(
     ("answer", "asked", "origin"),
     [
-        (None, ["verify"], "redis"),
-        (Restored("another"), ["verify", "list"], "etcd"),
-        (Compacted("nobody knows"), ["verify", "confirm"], "redis"),
-        (StoreUnavailable("no route"), ["verify"], "redis"),
+        (None, ["recognize"], "redis"),
+        (Restored("another"), ["recognize", "list"], "etcd"),
+        (Compacted("nobody knows"), ["recognize", "confirm"], "redis"),
+        (StoreUnavailable("no route"), ["recognize"], "redis"),
     ],
 )
 def test_a_start_asks_cheaper_where_the_authority_can_be(
@@ -354,13 +354,13 @@ def test_a_start_asks_cheaper_where_the_authority_can_be(
 ) -> None:
     rig = Rig()
 
-    def verify(position: Position, *, timeout_s: float) -> None:
+    def recognize(position: Position, *, timeout_s: float) -> None:
         assert position == rig.mirror.stands
-        rig.authority.asked.append("verify")
+        rig.authority.asked.append("recognize")
         if answer is not None:
             raise answer
 
-    rig.authority.verify = verify  # type: ignore[attr-defined]
+    rig.authority.recognize = recognize  # type: ignore[attr-defined]
     assert (rig.store.list(timeout_s=1).origin, rig.authority.asked) == (origin, asked)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.ports import free_port
+from tests.support.stopping import stop
 from tests.support.waiting import wait_until
 
 __all__ = ["Certificates", "EtcdCluster", "Member", "etcd", "make_certificates"]
@@ -131,7 +132,7 @@ class EtcdCluster:
     def pause(self, member: Member) -> None:
         """SIGSTOP: it keeps its connections, and answers nothing."""
         assert member.process is not None
-        member.process.send_signal(signal.SIGSTOP)
+        stop(member.process.pid)
         self._stopped.add(member.name)
 
     def resume(self, member: Member) -> None:

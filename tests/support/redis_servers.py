@@ -17,6 +17,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from tests.support.ports import free_port
+from tests.support.stopping import stop
 from tests.support.waiting import wait_until
 from veltrix_mw.stores.redis_routes import slot_of
 
@@ -175,7 +176,8 @@ class RedisServer:
 
     def stop(self) -> None:
         """SIGSTOP: it goes on listening, and answers nothing."""
-        self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        stop(self._process.pid)
 
     def cont(self) -> None:
         """SIGCONT."""

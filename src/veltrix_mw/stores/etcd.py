@@ -237,7 +237,7 @@ class EtcdStore:
         incarnation = label or position.incarnation or (f"{answer.header.cluster_id}?" if newest else "")
         return Confirmation(incarnation, newest, found.count - lazy_count - ignored, cost_s=cost_s)
 
-    def verify(self, position: Position, *, timeout_s: float) -> None:
+    def recognize(self, position: Position, *, timeout_s: float) -> None:
         """By two or three keys, where `confirm` has etcd count the namespace."""
         self._verified(position, time.monotonic() + timeout_s, may_confirm=False)
 

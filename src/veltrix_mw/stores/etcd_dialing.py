@@ -57,11 +57,27 @@ class Dialer:
         try:
             return Connection(dial(name, port, by_s, finish=secured if context else None))
         except OSError as exc:
-            failed = self.failure(exc, host, by_s)
+            failed = self._not_spoken(exc, host) or self.failure(exc, host, by_s)
             failed.may_have_run = False
             raise failed from exc
 
     # --- what went wrong
+
+    @staticmethod
+    def _not_spoken(cause: OSError, host: Host) -> Failed | None:
+        """Where a handshake failed for want of TLS on the other side: etcd ends it in words of HTTP, or in none."""
+        if not isinstance(cause, ssl.SSLError) or isinstance(cause, ssl.SSLCertVerificationError):
+            return None
+        if verdict_of(cause) in {Verdict.CERTIFICATE_WANTED, Verdict.CERTIFICATE_REFUSED} or "ALERT" in reason_of(
+            cause
+        ):
+            return None
+        return Failed(
+            f"etcd at {shown(host)} does not speak TLS ({reason_of(cause)}); write etcd:// instead of etcds://, or "
+            "start it with --cert-file and --key-file",
+            may_have_run=False,
+            in_vain=True,
+        )
 
     @staticmethod
     def _speaks_tls(host: Host, by_s: float) -> bool:
@@ -100,19 +116,10 @@ class Dialer:
                     may_have_run=False,
                     in_vain=True,
                 )
-            case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
-                return Failed(
-                    f"etcd at {where} ended the TLS connection without a word; is it a TLS port? Its log says why"
-                )
             case ssl.SSLError() if "ALERT" in reason_of(cause):
                 return Failed(f"etcd at {where} ended the TLS handshake ({reason_of(cause)}); its log says why")
             case ssl.SSLError():
-                return Failed(
-                    f"etcd at {where} does not speak TLS ({reason_of(cause)}); write etcd:// instead of etcds://, or "
-                    "start it with --cert-file and --key-file",
-                    may_have_run=False,
-                    in_vain=True,
-                )
+                return Failed(f"etcd at {where} ended the TLS connection ({reason_of(cause)}); its log says why")
             case NotHttp(begin=begin) if begin[:1] == b"-" and self._speaks_redis(host, by_s):
                 return _redis(host)
             case NotHttp(begin=b"") | ConnectionResetError() if self.tls is None and self._speaks_redis(host, by_s):

@@ -33,11 +33,11 @@ from veltrix_mw.protocols import (
     RawOperation,
     RawUnit,
     RawVersion,
+    Recognizing,
     Restored,
     Store,
     StoreInfo,
     UnitMirror,
-    Verifiable,
     Watch,
 )
 from veltrix_mw.stores.tiers import Tier, Tiers
@@ -334,10 +334,10 @@ class MirroredStore:
 
     def _is_in_history(self, position: Position) -> bool:
         """Whether the authority has that incarnation; by the cheapest question, as whole fleets start at once."""
-        verifies = self.authority if isinstance(self.authority, Verifiable) else None
-        if verifies is not None:
+        recognizing = self.authority if isinstance(self.authority, Recognizing) else None
+        if recognizing is not None:
             try:
-                verifies.verify(position, timeout_s=FIRST_LOOK_TIMEOUT_S)
+                recognizing.recognize(position, timeout_s=FIRST_LOOK_TIMEOUT_S)
             except Restored:
                 return False
             except Compacted:
