@@ -18,7 +18,8 @@ from tests.support.redis_servers import redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
 from veltrix_mw.errors import AuthFailed, SettingsError, StoreError, StoreUnavailable
-from veltrix_mw.protocols import Store
+from veltrix_mw.protocols import Batch, Store
+from veltrix_mw.stores import etcd_adopted
 from veltrix_mw.stores.etcd_messages import AUTHENTICATE, Authenticate
 from veltrix_mw.stores.etcd_protobuf import decode, encode
 from veltrix_mw.stores.opening import adopt_store
@@ -142,6 +143,42 @@ def test_a_channel_whose_interceptor_makes_generators_of_streams_is_used_and_wat
     put(store, "a", b"3")
     wait_until(lambda: not stream_readers(), WITHIN_S, reason="the next message ends the stream's thread")
     assert {"/etcdserverpb.KV/Range", "/etcdserverpb.Watch/Watch"} <= {*generators.made}
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_stream_comes_to_its_end_and_the_watch_goes_on_without_a_gap(
+    connect: MakeClient, server: EtcdCluster, monkeypatch: pytest.MonkeyPatch, is_wrapped: bool
+) -> None:
+    client = connect(server.hosts[0])
+    if is_wrapped:
+        client.channel = grpc.intercept_channel(client.channel, Generators())
+    store = adopt_store(client, namespace="ending")
+    put(store, "a", b"0")
+    begun = here(store)
+    most_s = etcd_adopted._STREAM_MOST_S
+    monkeypatch.setattr(etcd_adopted, "_STREAM_MOST_S", 2.0)
+    watch = store.watch(begun, timeout_s=WITHIN_S)
+    left = store.watch(begun, timeout_s=WITHIN_S)
+    left.close()  # where it cannot be cancelled, its time is its end
+    monkeypatch.setattr(etcd_adopted, "_STREAM_MOST_S", most_s)
+    made: list[int] = []
+    seen: list[Batch] = []
+
+    def write_and_see() -> None:
+        made.extend(put(store, key, b"1") for key in "ab")
+        seen.extend(drain(watch, made[-1]))
+
+    with pytest.raises(StoreUnavailable, match="ended the watch; watch again"):
+        while True:
+            write_and_see()
+            seen.extend(watch.next(0.1))
+    watch.close()
+    wait_until(lambda: not stream_readers(), WITHIN_S, reason="the streams' threads end")
+    watch = store.watch(seen[-1].position if seen else begun, timeout_s=WITHIN_S)
+    write_and_see()
+    watch.close()
+    assert [batch.position.revision for batch in seen] == made
+    assert [batch.previous for batch in seen] == [begun.revision, *made[:-1]]
 
 
 def stream_readers() -> list[threading.Thread]:

@@ -27,6 +27,7 @@ from tests.stores.contract import (
     write,
 )
 from tests.support.etcd_servers import etcd
+from tests.support.proxy import Proxy
 from tests.support.redis_servers import Certificates, RedisServer, redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw.errors import AuthFailed, Compacted, StoreError, StoreUnavailable
@@ -387,6 +388,48 @@ def test_a_server_that_ends_between_a_write_and_its_replicas_is_told_with_the_re
     finally:
         server.cont() if fault == "stopped" else server.start()
     assert entries(store) == ({"a": (b"1", 1)} if fault == "stopped" else {})
+
+
+@pytest.mark.parametrize("fault", ["silent", "broken"])
+def test_a_write_whose_answer_is_lost_says_that_its_fate_is_unknown(
+    server: RedisServer, open_store: OpenStore, fault: str
+) -> None:
+    proxy = Proxy(server.port)
+    try:
+        store = open_store(proxy.port)
+        put(store, "a", b"1")
+        proxy.blackhole(up=False)
+        with ThreadPoolExecutor(1) as pool:
+            timeout_s = 0.3 if fault == "silent" else WITHIN_S
+            writing = pool.submit(store.commit, [RawOperation("a", b"2")], ChangeRecord(), timeout_s=timeout_s)
+            wait_until(lambda: entries(open_store(server))["a"][1] == 2, WITHIN_S, reason="the write to be made")
+            if fault == "broken":
+                proxy.reset()
+            why = "did not answer within" if fault == "silent" else "closed the connection"
+            with pytest.raises(StoreUnavailable, match=f"{why}.*; the write's fate is unknown: read again before you"):
+                writing.result(WITHIN_S)
+        proxy.heal()
+        assert put(store, "a", b"3") == 3
+    finally:
+        proxy.close()
+
+
+def test_a_write_that_was_never_sent_has_no_unknown_fate(server: RedisServer, open_store: OpenStore) -> None:
+    proxy = Proxy(server.port)
+    try:
+        asking_first, store = open_store(proxy.port, wait_replicas=1), open_store(proxy.port)
+        with pytest.raises(StoreUnavailable, match="only 0 of 1 replicas"):
+            asking_first.commit([RawOperation("a", b"1")], ChangeRecord(), timeout_s=0.3)
+        proxy.blackhole(up=False)  # also what it asks before it writes goes unanswered
+        with pytest.raises(StoreUnavailable) as silent:
+            asking_first.commit([RawOperation("a", b"2")], ChangeRecord(), timeout_s=0.3)
+        proxy.refuse()
+        with pytest.raises(StoreUnavailable) as refused:
+            put(store, "a", b"2")
+        assert "unknown" not in f"{silent.value} {refused.value}"
+        assert entries(open_store(server)) == {"a": (b"1", 1)}
+    finally:
+        proxy.close()
 
 
 def test_who_may_not_wait_for_replicas_is_told_before_anything_is_written(

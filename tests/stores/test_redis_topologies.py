@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.stores.contract import WITHIN_S, Harness, SharedStoreContract, drain, entries, here, put
 from tests.stores.test_etcd import EtcdHarness, Servers
 from tests.stores.test_mirrored import EtcdAndRedis, MirroredContract, MirroredHarness
-from tests.support.redis_servers import ClusterSet, SentinelSet, cluster_set, cut_off, sentinel_set
+from tests.support.redis_servers import ClusterSet, RedisServer, SentinelSet, cluster_set, cut_off, sentinel_set
 from tests.support.waiting import wait_until
 from veltrix_mw.errors import StoreError, StoreUnavailable
 from veltrix_mw.protocols import ChangeRecord, RawOperation
@@ -159,6 +159,18 @@ def put_until_taken(store: RedisStore, key: str, raw: bytes) -> int:
     return wait_until(taken, 2 * WITHIN_S, reason="a write is taken")
 
 
+def check_a_lost_answer(store: RedisStore, server: RedisServer) -> None:
+    """A write that waits in a server which stands still is made when that goes on, and nobody is told so."""
+    put(store, "a", b"1")
+    server.stop()
+    try:
+        with pytest.raises(StoreUnavailable, match=r"did not answer .*; the write's fate is unknown: read again"):
+            store.commit([RawOperation("a", b"2")], ChangeRecord(), timeout_s=0.3)
+    finally:
+        server.cont()
+    wait_until(lambda: entries(store) == {"a": (b"2", 2)}, WITHIN_S, reason="the write to be made")
+
+
 # --- Sentinel
 
 
@@ -270,6 +282,12 @@ def test_a_late_write_is_acknowledged_only_if_a_sentinel_says_that_the_primary_i
             sentinel.cont()
 
 
+def test_a_write_whose_answer_a_primary_owes_has_an_unknown_fate(
+    whole_sentinels: SentinelSet, open_store: OpenStore
+) -> None:
+    check_a_lost_answer(open_store(whole_sentinels), whole_sentinels.primary())
+
+
 def test_a_replica_that_is_named_as_the_primary_is_not_taken(
     whole_sentinels: SentinelSet, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +394,12 @@ def test_a_slot_that_is_on_its_way_is_read_and_written_once_its_keys_are_togethe
     assert put(store, "a", b"4") == 4
     assert [batch.position.revision for batch in drain(watch, 4)] == [4]
     watch.close()
+
+
+def test_a_write_whose_answer_an_owner_owes_has_an_unknown_fate(
+    whole_cluster: ClusterSet, open_store: OpenStore
+) -> None:
+    check_a_lost_answer(open_store(whole_cluster), whole_cluster.owner(SLOT))
 
 
 def test_replicas_are_counted_where_a_slot_is_on_its_way_to(whole_cluster: ClusterSet, open_store: OpenStore) -> None:

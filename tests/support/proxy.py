@@ -39,7 +39,8 @@ class _Passage:
             with contextlib.suppress(OSError):
                 if reset:
                     each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NEVER)
-                each.shutdown(socket.SHUT_RDWR) if not reset else None
+                # A thread that reads from it holds it open, so is to leave; nothing but RST is to be sent.
+                each.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
             with contextlib.suppress(OSError):
                 each.close()
 

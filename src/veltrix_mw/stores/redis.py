@@ -192,7 +192,8 @@ class RedisStore:
         with self._link.session(timeout_s, writes=True) as connection:
             if self._wait_replicas:
                 connection.execute("WAIT", 0, 1)  # whoever may not wait is told so before anything is written
-            said, *rest = connection.run(COMMIT, (self._names.entries, self._names.changes), arguments)
+            with self._link.writing(connection, timeout_s):
+                said, *rest = connection.run(COMMIT, (self._names.entries, self._names.changes), arguments)
             if said == b"conflict":
                 operation, now = operations[int(rest[0])], rest[1]
                 value, revision = stored_of(operation.key.encode(), now) if now else (b"", 0)

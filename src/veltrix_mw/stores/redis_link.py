@@ -46,6 +46,7 @@ WAIT_TIMEOUT_S: Final = 1.0  # that a write waits for its replicas, where it is 
 _MAX_IDLE: Final = 4  # connections kept for the next call: a follower and a few writers at once
 _FORK_WAIT_S: Final = 1.0  # the locks are held for microseconds
 _LATE_S: Final = 0.5  # a server that answers after this may have been stopped meanwhile, and replaced
+_FATE: Final = "fate is unknown: read again before you write again"
 _MOST_REDIRECTS: Final = 5  # of one call: a slot moves once, and may be on its way meanwhile
 _READ_BYTES: Final = 256 * 1024  # a listing is megabytes: the driver's own 64 KiB would be four times the calls
 
@@ -122,11 +123,15 @@ class _Channel:
         self.host = host
         self.sock = sock
         self._wire: Any = wire  # what types-redis says of it is of an older driver
+        self.owes = False  # whether something was sent, in part at least, that was not answered yet
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """The replies to several commands, sent together; refusals are among them."""
+        self.owes = True
         self._wire.send_packed_command(self._wire.pack_commands(commands), check_health=False)
-        return [self._reply() for _ in commands]
+        replies = [self._reply() for _ in commands]
+        self.owes = False
+        return replies
 
     def _reply(self) -> Any:
         try:
@@ -168,6 +173,11 @@ class Connection:
     def host(self) -> Host:
         """Where it goes."""
         return self._channel.host
+
+    @property
+    def owes(self) -> bool:
+        """Whether what was sent last may have been done, and was not answered."""
+        return self._last.owes
 
     def end_by(self, deadline_s: float, *, patience_s: float = math.inf) -> None:
         """Let what follows wait until `deadline_s`, and never longer than `patience_s` for the next bytes."""
@@ -436,7 +446,7 @@ class RedisLink:
             return
         route.ask_again()
         self.look(min(deadline_s, asked_s + _LATE_S))
-        fate = "it may be lost, and its fate is unknown: read again before you write again"
+        fate = f"it may be lost, and its {_FATE}"
         if connection.host != self._current:
             if writes:
                 raise StoreUnavailable(f"{self.url} took over while another server made the write: {fate}")
@@ -528,6 +538,18 @@ class RedisLink:
             if isinstance(told, StoreUnavailable):
                 self._route.doubt()
             raise told from (None if quotes else exc)
+
+    @contextlib.contextmanager
+    def writing(self, connection: Connection, timeout_s: float) -> Iterator[None]:
+        """Send a write, and nothing else: one whose answer is lost raises that its fate is unknown."""
+        try:
+            with self.translating(timeout_s):
+                yield
+        except StoreError as exc:
+            if not connection.owes:
+                raise
+            why = str(exc).removesuffix("; try again")
+            raise StoreUnavailable(f"{why}; the write's {_FATE}") from exc
 
     def not_ours(self, what: str) -> StoreError:
         return StoreError(
