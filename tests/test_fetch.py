@@ -563,6 +563,25 @@ def test_what_is_held_stays_within_its_bound(start: Start, store: GatedStore) ->
     assert len(units._cache) < 100
 
 
+def test_hot_units_stay_while_invented_ones_are_fetched_by_the_thousand(start: Start, store: GatedStore) -> None:
+    hot = [f"tenants/hot{number}/x" for number in range(200)]
+    client = start(lazy_max_bytes=1_000_000)
+    client._views.reader._rate = Rate(1, 1_000_000)  # type: ignore[union-attr]  # beyond it they would be refused
+    client.wait_for(client.write([Put(key, "v" * 100) for key in hot]), WITHIN_S)
+    assert client._views.units is not None
+    cache = client._views.units._cache
+    assert isinstance(cache, UnitCache)
+    rng, fetched = Random(5), 0
+    for number in range(0, 20_000, 50):
+        assert client.view().fetch_many([f"tenants/invented{number + each}/x" for each in range(50)]) == {}
+        assert cache.bytes <= 1_000_000
+        for key in rng.choices(hot, k=50):
+            assert client.view().fetch(key) == "v" * 100
+            fetched += 1
+    missed = sum(name.startswith("tenants/hot") for asked in store.asked for name in asked)
+    assert missed < fetched * 0.05
+
+
 def test_after_a_fork_both_sides_fetch(client: ConfigClient, store: GatedStore) -> None:
     assert client.view().fetch(LIMIT) == 5
 

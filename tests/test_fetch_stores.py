@@ -65,7 +65,7 @@ def follows_mirror(client: ConfigClient) -> bool:
 
 
 @pytest.mark.parametrize("leaves_out", [(), ("tenants/",)], ids=["mirrored whole", "left out"])
-def test_a_worker_that_follows_a_mirror_is_told_the_changes_of_what_it_fetched(
+def test_a_worker_that_follows_a_mirror_keeps_its_units_current(
     tmp_path: Path, redis: RedisServer, leaves_out: tuple[str, ...]
 ) -> None:
     redis.run("FLUSHALL")
@@ -79,7 +79,7 @@ def test_a_worker_that_follows_a_mirror_is_told_the_changes_of_what_it_fetched(
         wait_until(lambda: follows_mirror(worker), WITHIN_S, reason="the mirror to be followed")
         early = worker.view()
         assert early.fetch(LIMIT) == 5
-        assert worker.view()[LIMIT] == 5  # held
+        assert worker.view()[LIMIT] == 5  # held for as long as nothing is written
         worker.wait_for(relay.put(LIMIT, 6), WITHIN_S)
         late = worker.view()
         assert (late[LIMIT], early[LIMIT]) == (6, 5)

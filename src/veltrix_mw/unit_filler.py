@@ -31,7 +31,7 @@ __all__ = ["UnitFiller", "can_be_filled"]
 
 _log = logging.getLogger("veltrix_mw")
 
-AT_ONCE: Final = 240  # units in one reading: four transactions of etcd
+AT_ONCE: Final = 500  # units in one reading: eight transactions of etcd, full ones
 WAIT_S: Final = 0.25  # of one wait for names: who stops the filler waits for no longer
 PAUSE_S: Final = 0.5  # after a failure: the relay's own thread finds out what is wrong
 

@@ -71,7 +71,7 @@ _FIRST_KEYS: Final = 500  # ... and of the first, when it is not known yet how l
 # One page is decoded at a stretch, and other threads wait for that: 20 ms. A gRPC client takes 4 MiB by default.
 _PAGE_BYTES: Final = 3 * 1024 * 1024
 _READ_KEYS: Final = 100
-_READ_UNITS: Final = 60  # two ranges each, and the label: within the 128 operations of a transaction ...
+_READ_UNITS: Final = 63  # two ranges each, and the label: within the 128 operations of a transaction ...
 _READ_AT_ONCE: Final = 4  # ... and transactions at a time
 _NEWER_KEYS: Final = 20  # looked through for one that is ours
 _LIST_TRIES: Final = 3
