@@ -473,6 +473,31 @@ def test_status_tells_each_tier_and_how_far_behind_it_is() -> None:
         wait_until(lambda: client.status().tiers[0].lag == 1, 20, reason="the confirmation to find it behind")
 
 
+def test_status_tells_what_lazy_units_cost_and_what_is_held(
+    url: str, writer: ConfigClient, client: ConfigClient
+) -> None:
+    assert client.status().lazy is None
+    writer.write([Put("tenants/acme/limit", 5), Put("tenants/beta/limit", 6)])
+    with ConfigClient(url, lazy=("tenants/",), lazy_max_bytes=1_000_000, telemetry="off") as lazy:
+        lazy.wait_ready()
+        before = lazy.status().lazy
+        assert before is not None
+        assert (sum(before.fetches.values()), before.held, before.bytes, before.max_bytes) == (0, 0, 0, 1_000_000)
+        pinned = lazy.view()
+        assert lazy.view().fetch_many(["tenants/acme/limit", "tenants/none/limit"]) == {"tenants/acme/limit": 5}
+        assert lazy.view().fetch("tenants/acme/limit") == 5
+        lazy.wait_for(writer.put("tenants/beta/limit", 7))
+        assert pinned.fetch("tenants/beta/limit") == 6  # it has changed since: read from the history
+        after = lazy.status().lazy
+        assert after is not None
+        assert after.fetches == {"hit": 1, "miss": 2, "coalesced": 0, "error": 0}
+        assert after.units_read == {"mirror": 0, "authority": 4, "wanted": 0}
+        assert (after.filled, after.held) == (0, 3)
+        assert 0 < after.bytes < after.max_bytes
+        assert before.fetches["hit"] == 0, "what was given out stays as it was"
+        assert json.loads(json.dumps(lazy.status().as_dict()))["lazy"]["held"] == 3
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -750,4 +775,5 @@ def test_the_status_can_be_sent_as_json_also_before_anything_is_known(url: str, 
     assert told["age_s"] >= 0
     assert told["rejected"]["pay/limit"]["revision"] == 2
     assert told["tiers"][0]["name"] == "sqlite"
+    assert told["lazy"] is None
     client.close()

@@ -20,7 +20,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tests.stores.contract import WITHIN_S, in_a_fork
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient, Put, View
-from veltrix_mw.coalesce.unit_cache import UnitCache
 from veltrix_mw.errors import (
     Compacted,
     HeldBack,
@@ -556,11 +555,10 @@ def test_what_is_held_stays_within_its_bound(start: Start, store: GatedStore) ->
     for number in range(500):
         view.fetch(f"users/{number}", default=None)
     assert len(store.asked) == 500
-    units = client._views.units
-    assert units is not None
-    assert isinstance(units._cache, UnitCache)
-    assert 0 < units._cache.bytes <= 100_000
-    assert len(units._cache) < 100
+    lazy = client.status().lazy
+    assert lazy is not None
+    assert 0 < lazy.bytes <= lazy.max_bytes == 100_000
+    assert 0 < lazy.held < 100
 
 
 def test_hot_units_stay_while_invented_ones_are_fetched_by_the_thousand(start: Start, store: GatedStore) -> None:
@@ -630,7 +628,10 @@ def test_what_waits_is_told_and_what_is_held_is_only_counted(store: GatedStore, 
         store.gate.set()
         assert (first.result(), second.result()) == (None, None)
     assert sorted(told()) == [("coalesced", 1), ("miss", 1)]
-    assert client._stats.fetches == {"hit": 1, "miss": 2, "coalesced": 1, "error": 1}
+    lazy = client.status().lazy
+    assert lazy is not None
+    assert lazy.fetches == client._stats.fetches == {"hit": 1, "miss": 2, "coalesced": 1, "error": 1}
+    assert lazy.units_read == {"mirror": 0, "authority": 4, "wanted": 0}
 
 
 # --- writing

@@ -42,6 +42,13 @@ class Kept:
     def __contains__(self, name: str) -> bool:
         return name in self.units
 
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes[name] for name in self.units)
+
     def discard(self, name: str) -> None:
         self.units.pop(name, None)
 

@@ -100,6 +100,11 @@ def test_the_relay_reads_a_wanted_unit_once_for_all_workers(relay: ConfigClient,
         assert worker.view().fetch("tenants/none/x", None) is None
     assert filled(relay) == 2
     assert units_read(*workers) == {"mirror": 6, "authority": 0, "wanted": 2}
+    told = [worker.status().lazy for worker in (relay, *workers)]
+    assert [lazy.filled for lazy in told if lazy] == [2, 0, 0, 0]
+    assert [lazy.held for lazy in told if lazy] == [0, 2, 2, 2]
+    relay.close()
+    assert relay.status().lazy.filled == 2  # type: ignore[union-attr]  # also when it leads no more
 
 
 def test_what_was_filled_stays_current_and_whole(relay: ConfigClient, connect: Open, redis: RedisServer) -> None:

@@ -48,6 +48,7 @@ INSTRUMENTS = {
     "veltrix.snapshot.age": "s",
     "veltrix.snapshot.revision": "{revision}",
     "veltrix.snapshot.entries": "{entry}",
+    "veltrix.lazy.entries": "{entry}",
 }
 LOOKUP_BUCKETS = (1e-6, 5e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.5, 1, 5)
 REFRESH_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
@@ -132,6 +133,7 @@ class Client:
     rejections: int = 0
     dropped_layers: int = 0
     fetches: dict[str, int] = field(default_factory=lambda: {"hit": 4, "miss": 1})
+    lazy_entries: int | None = 5
     now: Observed | Exception = CONFIRMED
 
     def observe(self) -> Observed:
@@ -559,6 +561,7 @@ def test_a_clients_numbers_are_exported_with_its_namespace_alone(sdk: Sdk) -> No
         "veltrix.snapshot.age": {at: 1.5},
         "veltrix.snapshot.revision": {at: 41},
         "veltrix.snapshot.entries": {at: 7},
+        "veltrix.lazy.entries": {at: 5},
     }
     client.views += 1
     assert sdk.points("veltrix.views") == {at: 11}
@@ -588,9 +591,9 @@ def test_several_clients_share_one_provider(sdk: Sdk) -> None:
 
 def test_clients_of_one_namespace_are_summed_and_the_oldest_is_shown(sdk: Sdk) -> None:
     clients = [
-        Client(views=1, now=Observed(1.0, 44, 8)),
-        Client(views=2, now=Observed(9.0, 40, 5)),
-        Client(views=4, now=Observed(2.0, 43, 7)),
+        Client(views=1, now=Observed(1.0, 44, 8), lazy_entries=3),
+        Client(views=2, now=Observed(9.0, 40, 5), lazy_entries=None),
+        Client(views=4, now=Observed(2.0, 43, 7), lazy_entries=4),
     ]
     for client in clients:
         sdk.telemetry().observe(client)
@@ -599,6 +602,13 @@ def test_clients_of_one_namespace_are_summed_and_the_oldest_is_shown(sdk: Sdk) -
     assert sdk.points("veltrix.snapshot.age") == {shop: 9.0}
     assert sdk.points("veltrix.snapshot.revision") == {shop: 40}
     assert sdk.points("veltrix.snapshot.entries") == {shop: 5}
+    assert sdk.points("veltrix.lazy.entries") == {shop: 7}
+
+
+def test_a_client_without_lazy_prefixes_has_no_lazy_entries_to_show(sdk: Sdk) -> None:
+    client = Client(lazy_entries=None)
+    sdk.telemetry().observe(client)
+    assert sdk.points("veltrix.lazy.entries") == {}
 
 
 def test_clients_of_two_providers_are_kept_apart(sdk: Sdk) -> None:

@@ -32,7 +32,7 @@ from veltrix_mw.freshness import Freshness
 from veltrix_mw.operations import Delete, Put
 from veltrix_mw.section import Section
 from veltrix_mw.snapshot import Change, Entry, Rejection, Snapshot, Version
-from veltrix_mw.status import Status, TierStatus
+from veltrix_mw.status import LazyStatus, Status, TierStatus
 from veltrix_mw.testing import override_config
 from veltrix_mw.values import MISSING
 from veltrix_mw.view import View
@@ -51,6 +51,7 @@ __all__ = [
     "Rejection",
     "Status",
     "TierStatus",
+    "LazyStatus",
     # Writing
     "Put",
     "Delete",

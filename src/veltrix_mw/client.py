@@ -37,7 +37,7 @@ from veltrix_mw.freshness import Freshness, FreshnessRules
 from veltrix_mw.keys import check_namespace, check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
 from veltrix_mw.snapshot import Entry, Snapshot, Version
-from veltrix_mw.status import Status
+from veltrix_mw.status import LazyStatus, Status
 from veltrix_mw.telemetry import Observed, Telemetry
 from veltrix_mw.view import View
 from veltrix_mw.views import Views
@@ -150,6 +150,7 @@ class ConfigClient:
         self.fetch_timeout_s: float = _positive("fetch_timeout_s", fetch_timeout_s)
         if not isinstance(lazy_max_bytes, int) or isinstance(lazy_max_bytes, bool) or lazy_max_bytes <= 0:
             raise SettingsError(f"lazy_max_bytes is a positive whole number of bytes, not {lazy_max_bytes!r}")
+        self._lazy_max_bytes = lazy_max_bytes
         try:
             self._views = self._made_views(
                 freshness,
@@ -167,7 +168,7 @@ class ConfigClient:
             raise SettingsError(f"layers or defaults: {exc}") from exc
         self._schemas = Schemas(schemas or {}, layers=self._views.layers, defaults=self._views.defaults)
         if info.lazy:
-            self._read_lazily(info.lazy, schemas or {}, lazy_max_bytes)
+            self._read_lazily(info.lazy, schemas or {})
         self._disk = (
             None
             if last_known_good is None
@@ -205,11 +206,11 @@ class ConfigClient:
         rules = FreshnessRules(freshness, least_s=least_age_s(mirrored=self._mirror is not None))
         return FreshViews(rules, **options) if rules else Views(**options)
 
-    def _read_lazily(self, lazy: tuple[str, ...], schemas: Mapping[str, Any], max_bytes: int) -> None:
+    def _read_lazily(self, lazy: tuple[str, ...], schemas: Mapping[str, Any]) -> None:
         """Give the views what they load lazy units with."""
         from veltrix_mw.coalesce.unit_cache import UnitCache
         from veltrix_mw.keys import unit_of
-        from veltrix_mw.lazy import LazyUnits
+        from veltrix_mw.lazy import LazyUnits, Unit
         from veltrix_mw.stores.mirrored import MirroredStore
         from veltrix_mw.unit_reader import UnitReader
         from veltrix_mw.validation import Schemas
@@ -217,7 +218,8 @@ class ConfigClient:
         views = self._views
         # A unit can be judged by itself where a schema asks for no more than lies in one.
         of_units = {name: model for name, model in schemas.items() if unit_of(name, lazy)}
-        views.units = LazyUnits(lazy, Schemas(of_units, defaults=views.defaults), UnitCache(max_bytes=max_bytes))
+        cache: UnitCache[Unit] = UnitCache(max_bytes=self._lazy_max_bytes)
+        views.units = LazyUnits(lazy, Schemas(of_units, defaults=views.defaults), cache)
         views.reader = UnitReader(
             self._authority,
             views.units,
@@ -254,6 +256,8 @@ class ConfigClient:
         self._pid = 0
         if follower is not None:
             self._stats.reconnects_before += follower.replica.reconnects
+        if relay is not None:
+            self._stats.filled_before += relay.filled
         return (None, None) if inherited else (follower, relay)
 
     def _stop(self, follower: Follower | None, relay: RelayThread | None) -> None:
@@ -443,6 +447,8 @@ class ConfigClient:
         self._views.after_fork()
         if self._follower is not None:
             self._stats.reconnects_before += self._follower.replica.reconnects
+        if self._relay is not None:
+            self._stats.filled_before += self._relay.filled
         self._follower = None
         self._relay = None
         self._pid = 0
@@ -788,6 +794,7 @@ class ConfigClient:
             tiers=tiers_of(self._store, snapshot, replica, running=running),
             relay_missing=missing,
             unwritten=unwritten(self._authority.info) if self.ready and _is_unwritten(snapshot) else "",
+            lazy=self._lazy_status(),
         )
 
     def unwritten(self, timeout_s: float = 2.0) -> str:
@@ -813,6 +820,21 @@ class ConfigClient:
         """The authority's keys that are none of ours, by their shape, as of the last list: how many, and some."""
         ignored = getattr(self._authority, "ignored", None)
         return (0, ()) if ignored is None else (ignored.count, tuple(ignored.examples))
+
+    def _lazy_status(self) -> LazyStatus | None:
+        from veltrix_mw.status import LazyStatus
+
+        units, reader = self._views.units, self._views.reader
+        if units is None or reader is None:
+            return None
+        return LazyStatus(
+            fetches=dict(reader.fetches),
+            units_read=dict(reader.units_read),
+            filled=self._stats.filled,
+            held=units.held,
+            bytes=units.bytes,
+            max_bytes=self._lazy_max_bytes,
+        )
 
     def _relay_status(self) -> tuple[str | None, str]:
         """Who feeds the mirror, or why nobody does."""
@@ -855,6 +877,7 @@ class _Stats:
         self._client = client
         self.rejections = 0
         self.reconnects_before = 0  # those of followers that are gone
+        self.filled_before = 0  # those of relays that are gone
 
     @property
     def namespace(self) -> str:
@@ -881,6 +904,17 @@ class _Stats:
     def reconnects(self) -> int:
         follower = self._client._follower
         return self.reconnects_before + (0 if follower is None else follower.replica.reconnects)
+
+    @property
+    def filled(self) -> int:
+        """Lazy units that this process filled into the mirror, as its relay, so far."""
+        relay = self._client._relay
+        return self.filled_before + (0 if relay is None else relay.filled)
+
+    @property
+    def lazy_entries(self) -> int | None:
+        units = self._client._views.units
+        return None if units is None else units.held
 
     def observe(self) -> Observed:
         view = self._client._views.base

@@ -75,6 +75,9 @@ class Cache(Protocol):
     def discard(self, name: str) -> None: ...
     def clear(self) -> None: ...
     def __contains__(self, name: str) -> bool: ...
+    def __len__(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -129,6 +132,16 @@ class LazyUnits:
     def refused(self, name: str) -> str:
         """Why the unit cannot be read, where that is known already; else empty."""
         return self._refused.get(name, "")
+
+    @property
+    def held(self) -> int:
+        """How many units are held, absent ones too."""
+        return len(self._cache)
+
+    @property
+    def bytes(self) -> int:
+        """What holding them takes of this process's memory."""
+        return self._cache.bytes
 
     def judged_with(self, keys: Iterable[str]) -> list[str]:
         """The units that a schema judges as a whole when these keys of them change."""

@@ -112,6 +112,11 @@ class RelayThread:
         """Whether its thread runs in this process."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def filled(self) -> int:
+        """Lazy units that it filled into the mirror so far, each of them read from the authority for that."""
+        return 0 if self._filler is None else self._filler.filled
+
     def start(self) -> None:
         """Start the thread; returns at once. Raises `RuntimeError` where no thread can be started."""
         halted_for_forks(self)

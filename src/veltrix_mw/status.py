@@ -16,7 +16,7 @@ from veltrix_mw.snapshot import Rejection, Snapshot
 from veltrix_mw.stores.mirrored import MirroredStore
 from veltrix_mw.stores.tiers import Tier
 
-__all__ = ["Status", "TierStatus", "tiers_of", "unwritten"]
+__all__ = ["LazyStatus", "Status", "TierStatus", "tiers_of", "unwritten"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,33 @@ class TierStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class LazyStatus:
+    """What this process's requests wanted of lazy units, what that asked of the stores, and what is held.
+
+    `fetches` counts loads, by `view.fetch*` and by middlewares, each of one unit or more: `hit` all were held,
+    `coalesced` others had them read already, `miss` at least one was read for it, `error` one could not be had.
+    `units_read` counts units, whether they are there or absent: those found in the `mirror`, those asked of the
+    `authority` by this process itself, and those `wanted` of the relay, as the mirror lacked them. `filled` are the
+    units that it read from the authority as the relay, for all workers. All of these only grow; a forked child goes
+    on from its parent's. `held` is how many units are held, absent ones too, and `bytes` what they take, of at most
+    `max_bytes`.
+    """
+
+    fetches: Mapping[str, int]
+    units_read: Mapping[str, int]
+    filled: int
+    held: int
+    bytes: int
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """How this process's configuration is: what it serves, how old that is, and how each tier does.
 
     `relay` is the instance that feeds the mirror, None if there is none: `relay_missing` says why (empty without a
     mirror). `unwritten` says so where nothing was ever written to the namespace, which a name that is spelled wrongly
-    looks like; else it is empty.
+    looks like; else it is empty. `lazy` is None where no prefix is lazy.
     """
 
     ready: bool
@@ -60,6 +81,7 @@ class Status:
     tiers: tuple[TierStatus, ...]
     relay_missing: str = ""
     unwritten: str = ""
+    lazy: LazyStatus | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON can carry it, for a page of the app's own; an age that is not known is None."""
@@ -75,6 +97,7 @@ class Status:
             "relay_missing": self.relay_missing,
             "unwritten": self.unwritten,
             "tiers": [asdict(tier) for tier in self.tiers],
+            "lazy": None if self.lazy is None else asdict(self.lazy),
         }
 
 

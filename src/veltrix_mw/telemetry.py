@@ -78,7 +78,7 @@ class Stats(Protocol):
     """What a client shows to the observable instruments.
 
     Held weakly, so it must be weakly referable, and hashed by identity. Read on the exporter's thread, without a
-    lock: the counters are plain integers that only grow.
+    lock: all but `lazy_entries` are plain integers that only grow.
     """
 
     @property
@@ -111,6 +111,11 @@ class Stats(Protocol):
     @property
     def fetches(self) -> Mapping[str, int]:
         """Fetches of lazy units so far, by result: `hit`, `miss`, `coalesced`, `error`."""
+        ...
+
+    @property
+    def lazy_entries(self) -> int | None:
+        """Lazy units held now, absent ones too; None where no prefix is lazy."""
         ...
 
     def observe(self) -> Observed:
@@ -425,6 +430,12 @@ class _Instruments:
         gauge("veltrix.snapshot.age", "s", "Time since the snapshot was last confirmed", lambda now: now.age_s)
         gauge("veltrix.snapshot.revision", "{revision}", "The snapshot's revision", lambda now: now.revision)
         gauge("veltrix.snapshot.entries", "{entry}", "Entries in the snapshot", lambda now: now.entries)
+        meter.create_observable_gauge(
+            "veltrix.lazy.entries",
+            [lambda _: self._totals(lambda stats: stats.lazy_entries)],
+            "{entry}",
+            "Lazy units held",
+        )
 
     def observe(self, stats: Stats) -> None:
         """Add `stats`, unless it is there; it leaves when it is collected."""
@@ -445,11 +456,12 @@ class _Instruments:
                 continue
             yield found
 
-    def _totals(self, total: Callable[[Stats], int]) -> Iterable[Observation]:
-        """One observation a namespace: the sum over its clients."""
+    def _totals(self, total: Callable[[Stats], int | None]) -> Iterable[Observation]:
+        """One observation a namespace: the sum over those of its clients that have a number."""
         totals: dict[str, int] = {}
         for namespace, count in self._read(total):
-            totals[namespace] = totals.get(namespace, 0) + count
+            if count is not None:
+                totals[namespace] = totals.get(namespace, 0) + count
         return _observations(totals)
 
     def _results(self) -> Iterable[Observation]:

@@ -155,9 +155,9 @@ class UnitReader:
         self._barred_until_s = 0.0
         if mirrored is not None:
             mirrored.on_filled = self._filled
-        # By where they were read, and those that were asked for: figures for people.
-        self.units_read = {"mirror": 0, "authority": 0, "wanted": 0}
-        # By result. Two threads at once may be counted as one: the figures are for people.
+        # Figures for people: what two threads count at once may count as one.
+        self.units_read = {"mirror": 0, "authority": 0, "wanted": 0}  # by where, and those that were asked for
+        # By result.
         self.fetches = {"hit": 0, "miss": 0, "coalesced": 0, "error": 0}
 
     def _new_batchers(self) -> tuple[Batcher[_Wanted, Any], Batcher[str, Any]]:
@@ -324,11 +324,11 @@ class UnitReader:
         return InvalidValue(why) if why else self._units.newest(name)
 
     def _read_newest(self, names: Sequence[str]) -> dict[str, Any]:
-        self.units_read["authority"] += len(names)
         try:
             reading = self._units.begin(names)
             if reading is None:
                 raise NotReady("nothing was listed yet, so no lazy unit can be read")
+            self.units_read["authority"] += len(names)
             try:
                 found = self._store.read_units(names, reading.position, timeout_s=self._timeout_s)
                 landed = self._units.land(reading, found)
@@ -474,6 +474,7 @@ class UnitReader:
             position = self._units.position_of(incarnation, revision)
             if position is None:
                 raise Compacted("the store's history was replaced")
+            self.units_read["authority"] += len(names)
             found = self._store.read_units(names, position, timeout_s=self._timeout_s)
             return {
                 pasts[name]: InvalidValue(raw.refused) if raw.refused else self._units.past(raw, incarnation, revision)
