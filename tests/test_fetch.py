@@ -566,13 +566,12 @@ def test_hot_units_stay_while_invented_ones_are_fetched_by_the_thousand(start: S
     client = start(lazy_max_bytes=1_000_000)
     client._views.reader._rate = Rate(1, 1_000_000)  # type: ignore[union-attr]  # beyond it they would be refused
     client.wait_for(client.write([Put(key, "v" * 100) for key in hot]), WITHIN_S)
-    assert client._views.units is not None
-    cache = client._views.units._cache
-    assert isinstance(cache, UnitCache)
     rng, fetched = Random(5), 0
     for number in range(0, 20_000, 50):
         assert client.view().fetch_many([f"tenants/invented{number + each}/x" for each in range(50)]) == {}
-        assert cache.bytes <= 1_000_000
+        lazy = client.status().lazy
+        assert lazy is not None
+        assert lazy.bytes <= 1_000_000
         for key in rng.choices(hot, k=50):
             assert client.view().fetch(key) == "v" * 100
             fetched += 1
