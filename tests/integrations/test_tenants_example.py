@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, Final
 
@@ -158,6 +159,37 @@ def test_what_the_page_is_told_is_text_whatever_the_tenants_are_called(shop: Ser
         assert answer.headers["Content-Type"] == "application/json"
     (acme, *_) = figures(shop)["latest"]
     assert (acme["tenant"], acme["region"], acme["name"]) == ("acme", "eu", name)
+
+
+def test_visitors_of_a_cold_tenant_share_one_read_and_held_ones_need_no_store() -> None:
+    with etcd() as cluster:
+        (member,) = cluster.members
+        env = {"VELTRIX_URL": f"etcd://127.0.0.1:{member.port}/shop"}
+        with serve(APP, server="uvicorn", asgi=True, workers=1, env=env, probe="/live/figures") as shop:
+            assert status_of(shop, "/shop/eu/acme") == 200
+            cold = iter(range(1, TENANTS))
+
+            def visited() -> tuple[Any, Any] | None:
+                """The figures before and after; None where the store was stopped for longer than a fetch waits."""
+                before, path = figures(shop)["lazy"], f"/shop/eu/t{next(cold):04}"
+                cluster.pause(member)
+                try:
+                    visitors = [HTTPConnection(shop.url.removeprefix("http://"), timeout=30) for _ in range(6)]
+                    for visitor in visitors:
+                        visitor.request("GET", path)
+                    # It was sent after theirs, so it is answered while they wait.
+                    assert status_of(shop, "/shop/eu/acme") == 200
+                finally:
+                    cluster.resume(member)
+                statuses = [visitor.getresponse().status for visitor in visitors]
+                for visitor in visitors:
+                    visitor.close()
+                return (before, figures(shop)["lazy"]) if statuses == [200] * 6 else None
+
+            before, after = wait_until(visited, WITHIN_S, reason="all six were answered")
+            grown = {result: count - before["fetches"][result] for result, count in after["fetches"].items()}
+            assert grown == {"hit": 1, "miss": 1, "coalesced": 5, "error": 0}
+            assert after["units_read"]["authority"] - before["units_read"]["authority"] == 1
 
 
 def test_two_workers_on_etcd_and_redis_read_through_the_mirror(mirror: str) -> None:
