@@ -40,7 +40,9 @@ URL: Final = "sqlite:///config.db"
 RUN: Final = frozenset({"python", "console"})
 SHOWN: Final = frozenset({"text", "html", "html+jinja", "html+django", "json", "ini", "toml"})  # nothing to run
 # Commands of others: named here, so that a misspelt one of ours is not taken for one of theirs.
-OTHERS: Final = frozenset({"gunicorn", "uvicorn", "uwsgi", "granian", "curl", "chgrp", "chmod", "install", "sqlite3"})
+OTHERS: Final = frozenset(
+    {"gunicorn", "uvicorn", "uwsgi", "granian", "curl", "chgrp", "chmod", "install", "sqlite3", "wrk"}
+)
 STAY: Final = frozenset({"watch", "relay", "demo"})  # verbs that do not end by themselves
 
 # How pages name their servers, the longest first; each is replaced by where the page's own server listens.
@@ -320,6 +322,9 @@ class Shell:
         words = shlex.split(os.path.expandvars(command.replace("$?", str(self.exit_code))), comments=True)
         if words[0] == "echo":
             return " ".join(words[1:]) + "\n"
+        for word in words:
+            if word.startswith("examples/") and not (ROOT / word).exists():
+                raise Wrong(f"$ {command}\nthere is no {word}")
         self.exit_code = 0
         match words:
             case ["export", assignment]:
@@ -339,6 +344,8 @@ class Shell:
             case ["pip", "install", package]:
                 _check_package(package)
             case ["python", "-m", "benchmarks", *_]:
+                pass
+            case ["python", file, *_] if file.startswith("examples/"):
                 pass
             case [name, *_] if name in OTHERS:
                 pass
