@@ -701,7 +701,10 @@ class RedisLink:
         if unknown is not None:
             name = unknown[1].upper() or "a command"
             if self._is_guide and name == "SENTINEL":
-                return StoreError(f"{url} is no sentinel: name the sentinels in the URL, or write redis://")
+                at = shown(self._route.at) if self._route.at else "it"
+                return StoreError(
+                    f"{at} is a Redis server, not a sentinel: name the sentinels in the URL, or write redis://"
+                )
             return StoreError(
                 f"{url} does not know {name}: streams need Redis 5 or newer, and the commands of docs/redis-layout.md "
                 "must not be renamed or disabled"
