@@ -366,8 +366,13 @@ def test_a_relay_of_several_servers_feeds_and_fills_a_mirror_there(
             slot, source = slot_of(entries), made.owner_of(entries)
             target = made.another(source)
             made.begin_moving(slot, source, target)
-            made.move_keys(slot, source, target)  # whoever has ASKING is served there
-            worker.wait_for(writer.put("checkout/max_items", 90), timeout_s=WAIT_S)
+            made.move_keys(slot, source, target)
+            writer.put("checkout/max_items", 90)
+            wait_until(
+                lambda: (worker.snapshot["checkout/max_items"], worker.snapshot.origin) == (90, "redis"),
+                WAIT_S,
+                reason="the relay feeds, and the worker follows, where the slot is going",
+            )
             made.end_moving(slot, source, target)
         worker.wait_for(writer.put("checkout/max_items", 100), timeout_s=WAIT_S)
         wait_until(lambda: is_well(worker), WAIT_S, reason="the worker is on the mirror still, or again")

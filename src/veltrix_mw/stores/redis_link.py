@@ -278,7 +278,11 @@ class Connection:
                 aside.sock.close()
             self._aside = aside = self._dialed(onward, host)
         self._last = aside
-        return aside.exchange([each for command in commands for each in (("ASKING",), command)])[1::2]
+        replies = aside.exchange([each for command in commands for each in (("ASKING",), command)])
+        refused = next((reply for reply in replies[::2] if isinstance(reply, Exception)), None)
+        if refused is not None:
+            raise refused  # it may not ask: what the command met says less
+        return replies[1::2]
 
     def _dialed(self, onward: _Onward, host: Host) -> _Channel:
         old = self._channel.sock
