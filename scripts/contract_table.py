@@ -34,7 +34,8 @@ A store is what one test suite says that it is: `tests/stores/contract.py`. Each
 a class from it, so one store does what another does, and a new one is done when all of it passes.
 
 This page is written by `python -m scripts.contract_table`, which runs the suite and writes nothing where a test fails.
-Each number is of tests that passed when it was last run; a test checks that the rows are the harnesses that there are.
+Each number is of tests that passed when it was last run. A test checks these words, the
+contracts, and that the rows are the harnesses that there are; it does not check the numbers.
 Clients of the package `etcd3` pass what `etcd client handed in` passes, in their own environment: `tests/etcd3`.
 
 """

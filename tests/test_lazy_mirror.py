@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tests.support.etcd_servers import EtcdCluster, etcd
-from tests.support.redis_servers import RedisServer, redis_server
+from tests.support.redis_servers import RedisServer, SentinelSet, cluster_set, redis_server, sentinel_set
 from tests.support.waiting import wait_until
 from veltrix_mw import MISSING, ConfigClient, Delete, Put
+from veltrix_mw.stores.redis_routes import slot_of
 from veltrix_mw.unit_reader import UnitReader
 
 WITHIN_S = 30.0
@@ -202,6 +203,39 @@ def test_a_worker_that_may_only_read_the_mirror_and_want(
     assert asker.view().fetch("tenants/acme/a") == 1
     assert units_read(asker) == {"mirror": 1, "authority": 0, "wanted": 1}
     assert mere.view().fetch("tenants/acme/a") == 1
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["sentinel", "cluster"])
+def test_units_come_by_a_mirror_of_several_servers_also_after_another_one_took_over(connect: Open, kind: str) -> None:
+    with sentinel_set() if kind == "sentinel" else cluster_set() as servers, contextlib.ExitStack() as stack:
+        relay = connect(mirror=servers.url, relay="auto", instance="the-relay")
+        relay.write([Put("eager", 1), *(Put(f"tenants/t{number}/a", number) for number in range(50))])
+        wait_until(lambda: follows_mirror(relay), WITHIN_S, reason="the mirror to be filled")
+        worker = connect(mirror=servers.url)
+        stack.callback(lambda: [client.close() for client in (worker, relay)])  # before their servers
+        worker.wait_for(relay.view().revision, WITHIN_S)
+        assert worker.view().fetch("tenants/t0/a") == 0
+        assert units_read(worker) == {"mirror": 1, "authority": 0, "wanted": 1}
+
+        entries = "veltrix:{shop}:entries"
+        old = servers.owner_of(entries)
+        if isinstance(servers, SentinelSet):
+            old.kill()
+            new = servers.wait_replaced(old)
+        else:
+            new = servers.another(old)
+            servers.move(slot_of(entries), old, new)
+        worker.wait_for(relay.put("eager", 2), WITHIN_S)
+        units = iter(range(1, 50))
+
+        def comes_by_mirror() -> bool:
+            before, number = units_read(worker)["mirror"], next(units)
+            assert worker.view().fetch(f"tenants/t{number}/a") == number
+            return units_read(worker)["mirror"] > before and bool(new.run("EXISTS", f"{UNIT}tenants/t{number}"))
+
+        # The relay may be on its way to the new one yet: then a unit is read from the authority.
+        wait_until(comes_by_mirror, WITHIN_S, reason="a unit to come by the new one", interval_s=0.5)
 
 
 def test_names_that_anybody_may_want_harm_nobody(relay: ConfigClient, connect: Open, redis: RedisServer) -> None:

@@ -338,6 +338,50 @@ def test_users_of_several_servers_need_what_the_page_grants_them(
             sentinel.run("ACL", "SETUSER", "shop-finder", f"+sentinel|{command}")
 
 
+def test_a_relay_of_several_servers_feeds_and_fills_a_mirror_there(
+    etcd_users: EtcdCluster, users_of_several: Set, certificates: Certificates
+) -> None:
+    made, entries = users_of_several, "veltrix:{shop}:entries"
+
+    def clients(who: str, **options: Any) -> ConfigClient:
+        mirror = f"{_url_of_several(made, who, certificates.ca)}&keep_bytes=1"
+        return ConfigClient(etcd_url(etcd_users, who), mirror=mirror, lazy=("tenants/",), **options)
+
+    def is_well(worker: ConfigClient) -> bool:
+        return worker.status().relay == "the-relay" and _state_of_mirror(worker) == "following"
+
+    names = [f"tenants/{name}/name" for name in ("acme", "beta")]
+    with (
+        ConfigClient(etcd_url(etcd_users, "writer")) as writer,
+        clients("relay", instance="the-relay"),
+        clients("worker") as worker,
+    ):
+        writer.write([Put("checkout/max_items", 50), *(Put(name, "x") for name in names)])
+        wait_until(lambda: is_well(worker), WAIT_S, reason="the worker is on the mirror, which the relay feeds")
+        worker.wait_for(writer.put("checkout/max_items", 80), timeout_s=WAIT_S)
+        assert worker._views.reader is not None
+        assert worker.view().fetch(names[0]) == "x"
+        assert worker._views.reader.units_read == {"mirror": 1, "authority": 0, "wanted": 1}
+        if isinstance(made, ClusterSet):
+            slot, source = slot_of(entries), made.owner_of(entries)
+            target = made.another(source)
+            made.begin_moving(slot, source, target)
+            made.move_keys(slot, source, target)
+            writer.put("checkout/max_items", 90)
+            wait_until(
+                lambda: (worker.snapshot["checkout/max_items"], worker.snapshot.origin) == (90, "redis"),
+                WAIT_S,
+                reason="the relay feeds, and the worker follows, where the slot is going",
+            )
+            made.end_moving(slot, source, target)
+        worker.wait_for(writer.put("checkout/max_items", 100), timeout_s=WAIT_S)
+        wait_until(lambda: is_well(worker), WAIT_S, reason="the worker is on the mirror still, or again")
+        assert worker.view().fetch(names[1]) == "x"
+        assert dict(worker.snapshot) == {"checkout/max_items": 100}
+        owner, units = made.owner_of(entries), [f"veltrix:{{shop}}:unit:tenants/{name}" for name in ("acme", "beta")]
+        wait_until(lambda: owner.run("EXISTS", *units) == 2, WAIT_S, reason="both units are filled")
+
+
 def _ran(server: RedisServer) -> set[str]:
     stats: Any = server.run("INFO", "commandstats")
     return {name.removeprefix("cmdstat_") for name in stats}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
+import pytest
+
+from veltrix_mw import ConfigClient
 from veltrix_mw.keyspace import Keyspace
 from veltrix_mw.protocols import Batch, Confirmation, Lease, Listing, MirrorState, Position, RawChange
 from veltrix_mw.relay import Append, Elected, Follow, Followed, Inspected, Prove, Relay, RelayDecision, Written
@@ -30,8 +34,9 @@ def batch(revision: int, key: str = "a") -> Batch:
     return Batch(position, revision - 1, (RawChange(key, str(revision).encode()),))
 
 
-def following() -> Replica:
-    replica = Replica(Keyspace(Schemas({}, layers=(), defaults={})), origin="etcd", random=Random(1))
+def following(*, max_age_s: float = math.inf) -> Replica:
+    keyspace = Keyspace(Schemas({}, layers=(), defaults={}))
+    replica = Replica(keyspace, origin="etcd", random=Random(1), max_age_s=max_age_s)
     replica.handle(Begun(0.0))
     replica.handle(Listed(0.0, 0.0, Listing(FIRST, [("a", b"1", 1)])))
     replica.handle(Watching(0.0))
@@ -65,6 +70,27 @@ def test_a_watch_that_left_something_out_is_found_out_also_while_writes_go_on() 
     replica.handle(Received(6.0, [batch(2)]))
     assert isinstance(replica.handle(Slept(6.5)).step, ListStep)
     assert replica.snapshot._proof.at_s == 0.0
+
+
+def test_what_became_stale_is_told_once_and_so_is_that_it_is_current_again() -> None:
+    replica = following(max_age_s=15.0)
+
+    def told(decision: Decision) -> list[tuple[str, str, dict[str, object]]]:
+        return [(notice.event, notice.level, dict(notice.fields)) for notice in decision.notices]
+
+    assert told(replica.handle(Received(15.0, []))) == []
+    assert told(replica.handle(Received(15.1, []))) == [("veltrix.stale", "warning", {"age_s": 15.1, "revision": 1})]
+    assert told(replica.handle(Received(16.0, []))) == []
+    assert told(confirmed(replica, 1, at_s=17.0)) == [("veltrix.current", "info", {"revision": 1})]
+    assert told(confirmed(replica, 1, at_s=18.0)) == []
+    assert told(replica.handle(Received(40.0, []))) == [("veltrix.stale", "warning", {"age_s": 22.0, "revision": 1})]
+
+
+def test_a_client_tells_what_became_older_than_its_max_age_s(caplog: pytest.LogCaptureFixture) -> None:
+    with ConfigClient("memory://ageing?namespace=shop", max_age_s=1e-9) as client:
+        client.wait_for(client.put("a", 1), timeout_s=10)
+        client.wait_for(client.put("a", 2), timeout_s=10)
+    assert "veltrix.stale" in {record.veltrix["event"] for record in caplog.records if hasattr(record, "veltrix")}
 
 
 def test_a_relay_proves_its_mirror_while_writes_go_on() -> None:

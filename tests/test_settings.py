@@ -246,7 +246,12 @@ def test_etcd_reads_data_that_is_there_already() -> None:
     ("url", "redacted"),
     [
         (f"etcd://ann:{SECRET}@h1,[::1]:23/shop/eu?timeout_s=1&values=text", "etcd://h1:2379,[::1]:23/shop/eu"),
+        (f"etcds://ann:{SECRET}@h1/shop?transport=grpc&ca=/ca.pem", "etcds://h1:2379/shop?transport=grpc"),
         (f"rediss://:{SECRET}@h1?namespace=shop&ca=/ca.pem", "rediss://h1:6379/0?namespace=shop"),
+        (
+            "redis+sentinel://s1/m?wait_timeout_s=1&wait_replicas=2&namespace=shop",
+            "redis+sentinel://s1:26379/m/0?namespace=shop&wait_replicas=2",
+        ),
         (f"redis://h1/2?namespace=shop&user=ann&password={SECRET}", "redis://h1:6379/2?namespace=shop"),
         (
             f"redis+sentinel://ann:{SECRET}@s1,[::1]:7/m/2?namespace=shop&sentinel_user=bob&sentinel_password={SECRET}",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from veltrix_mw.words import ago, counted
+from veltrix_mw.words import ago, counted, milliseconds
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 keys"), (1, "1 key"), (2, "2 keys")])
@@ -30,3 +30,11 @@ def test_a_count_is_singular_for_one_alone(number: int, text: str) -> None:
 )
 def test_an_age_is_told_in_the_largest_unit_of_which_there_are_two(age_s: float, text: str) -> None:
     assert ago(age_s) == text
+
+
+@pytest.mark.parametrize(
+    ("took_s", "text"),
+    [(0.0000412, "0.04 ms"), (0.00096, "1 ms"), (0.00123, "1.2 ms"), (0.0123, "12 ms"), (1.2345, "1234 ms")],
+)
+def test_a_time_has_the_digits_that_say_something(took_s: float, text: str) -> None:
+    assert milliseconds(took_s) == text

@@ -431,7 +431,7 @@ class ConfigClient:
 
         return Follower(
             self._store,
-            replica=Replica(Keyspace(self._schemas), origin=self._store.info.origin),
+            replica=Replica(Keyspace(self._schemas), origin=self._store.info.origin, max_age_s=self._views.max_age_s),
             publish=self._publish,
             failed=self._failed,
             telemetry=self._telemetry,

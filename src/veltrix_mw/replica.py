@@ -330,13 +330,17 @@ class Replica:
         confirm_interval_s: float = CONFIRM_INTERVAL_S,
         confirm_at_most_s: float = math.inf,
         relist_within_s: float = RELIST_WITHIN_S,
+        max_age_s: float = math.inf,
     ) -> None:
+        """`max_age_s` is the age beyond which what is served is stale, which is told."""
         self._keyspace = keyspace
         self._origin = origin
         self._random = Random() if random is None else random
         self._confirm_interval_s = confirm_interval_s
         self._confirm_at_most_s = confirm_at_most_s
         self._relist_within_s = relist_within_s
+        self._max_age_s = max_age_s
+        self._is_stale = False  # and that was told
         # Where we stand in the authority's history; None until something was taken.
         self._position: Position | None = None
         # The incarnation we serve under, where the authority's own label cannot be renewed: (its label, ours).
@@ -405,6 +409,7 @@ class Replica:
         if answered and not self._unconfirmed:
             self.error = None
         self._step = self._decide(event)
+        self._note_age(event.now_s)
         publication = self._publication()
         notices = tuple(self._notices)
         self._notices.clear()
@@ -726,6 +731,18 @@ class Replica:
             self._notice("veltrix.rejected", "warning", key=key, revision=why.revision, reason=why.reason)
         if len(held) > 20:
             self._notice("veltrix.rejected", "warning", more=len(held) - 20)
+
+    def _note_age(self, now_s: float) -> None:
+        """Tell once that what is served became stale, and once that it is current again."""
+        proved_s = self.snapshot._proof.at_s
+        if proved_s == -math.inf:
+            return  # from the last-known-good file, which was told, or there is nothing
+        is_stale = now_s - proved_s > self._max_age_s
+        if is_stale and not self._is_stale:
+            self._notice("veltrix.stale", "warning", age_s=round(now_s - proved_s, 1), revision=self.snapshot.revision)
+        if self._is_stale and not is_stale:
+            self._notice("veltrix.current", "info", revision=self.snapshot.revision)
+        self._is_stale = is_stale
 
     def _notice(self, event: str, level: str, **fields: Any) -> None:
         self._notices.append(Notice(event, level, fields))

@@ -90,6 +90,7 @@ _LATER_OPTIONS: Final[Mapping[str, frozenset[str]]] = {
 _FLOATS: Final = frozenset({"timeout_s", "wait_timeout_s"})
 _WHOLE: Final = frozenset({"keep_revisions", "keep_bytes", "wait_replicas"})
 _CHOICES: Final[Mapping[str, tuple[str, str]]] = {"values": ("json", "text"), "transport": ("gateway", "grpc")}
+_SHOWN: Final = ("transport", "wait_replicas")  # what of the options says how a store behaves, and is no secret
 _ETCD_SCHEMES: Final = frozenset({"etcd", "etcds"})
 _ONE_HOST: Final = frozenset({"redis", "rediss"})
 _BOOKKEEPING: Final = ".veltrix/"
@@ -128,11 +129,12 @@ class StoreUrl:
 
     @property
     def redacted(self) -> str:
-        """The URL without user, password and options: what may be shown and logged."""
+        """The URL without user and password, and of the options what says how it behaves: may be shown and logged."""
         servers = ",".join(map(shown, self.hosts))
         namespace = quote(self.namespace)
+        told = [f"{name}={self.options[name]}" for name in _SHOWN if name in self.options]
         if self.scheme in _ETCD_SCHEMES:
-            return f"{self.scheme}://{servers}/{namespace}"
+            return f"{self.scheme}://{servers}/{namespace}{'?' if told else ''}{'&'.join(told)}"
         if self.scheme.endswith("+cluster"):
             where = servers
         elif self.hosts:
@@ -140,8 +142,9 @@ class StoreUrl:
         else:
             where = quote(os.fsencode(self.name))
         slash = "/" if self.scheme == "sqlite" else ""
-        query = f"?namespace={namespace}" if self.hosts or self.namespace != DEFAULT_NAMESPACE else ""
-        return f"{self.scheme}://{slash}{where}{query}"
+        if self.hosts or self.namespace != DEFAULT_NAMESPACE:
+            told.insert(0, f"namespace={namespace}")
+        return f"{self.scheme}://{slash}{where}{'?' if told else ''}{'&'.join(told)}"
 
 
 def shown(host: Host) -> str:

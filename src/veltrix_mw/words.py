@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-__all__ = ["ago", "counted"]
+__all__ = ["ago", "counted", "milliseconds"]
 
 _UNITS: Final = ((86400, "days"), (3600, "hours"), (60, "minutes"))
 
@@ -27,3 +27,9 @@ def ago(age_s: float) -> str:
         if age_s >= 2 * unit_s:
             return f"{age_s / unit_s:.0f} {name} ago"
     return f"{age_s:.0f} s ago" if age_s >= 10 else f"{age_s:.1f} s ago"
+
+
+def milliseconds(took_s: float) -> str:
+    """`12 ms`, `1.2 ms`, `0.04 ms`: two digits, which are what two measurements of one thing share at most."""
+    took_ms = took_s * 1000
+    return f"{took_ms:.0f} ms" if took_ms >= 10 else f"{took_ms:.1f} ms" if took_ms >= 1 else f"{took_ms:.1g} ms"

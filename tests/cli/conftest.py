@@ -192,7 +192,7 @@ class Running:
 
 @pytest.fixture(scope="session")
 def _mirror_server() -> Iterator[RedisServer]:
-    with redis_server() as server:
+    with redis_server("--maxmemory", "256mb") as server:
         yield server
 
 

@@ -27,6 +27,7 @@ Put = Callable[[str, Any], int]
 
 NAMESPACE = "shop"
 BASE = "veltrix:{shop}:"
+BOUNDED = ("--maxmemory", "256mb")
 CONVERGE_S = 30.0
 PATIENCE_S = 5  # a server on a busy machine takes its time to look at a password
 
@@ -135,14 +136,15 @@ def guarded() -> Iterator[EtcdCluster]:
 
 @pytest.mark.parametrize("kind", ["sentinel", "cluster"])
 def test_several_servers_of_redis_are_looked_at_where_the_namespace_is(shell: Shell, kind: str) -> None:
-    with sentinel_set() if kind == "sentinel" else cluster_set() as servers:
+    with sentinel_set(*BOUNDED) if kind == "sentinel" else cluster_set(*BOUNDED) as servers:
         query = f"?namespace={NAMESPACE}&timeout_s={PATIENCE_S}"
         shell.store = f"{servers.url}{query}"
         write(shell.store)
         report = examined(shell)
         assert (report.failed, report.warned) == ([], [("authority", "persistence")])
         primary = servers.owner_of(f"veltrix:{{{NAMESPACE}}}:entries")
-        assert report.text("authority", "service") == f"Redis answers at 127.0.0.1:{primary.port}"
+        what = "primary 'mymaster' of the sentinels" if kind == "sentinel" else "cluster's primary for the namespace"
+        assert report.text("authority", "service") == f"Redis answers at 127.0.0.1:{primary.port}, the {what}"
         assert "1 key" in report.text("authority", "read")
         shell.store = f"sqlite:///{shell.folder}/c.db?namespace={NAMESPACE}"
         write(shell.store)
@@ -194,7 +196,7 @@ def test_an_empty_file_is_told_as_one_and_left_so(shell: Shell) -> None:
 
 
 def test_a_redis_that_is_well_and_untouched(shell: Shell) -> None:
-    with redis_server("--appendonly", "yes") as server:
+    with redis_server("--appendonly", "yes", *BOUNDED) as server:
         shell.store = redis_url(server)
         write(shell.store)
         before = server.run("DEBUG", "DIGEST")
@@ -652,6 +654,29 @@ def test_a_full_redis(shell: Shell) -> None:
         refused(report, "authority", "write", "out of memory: raise maxmemory")
         assert report.state("authority", "memory") == "warn"
         assert report.state("authority", "read") == "ok"
+
+
+def test_how_a_redis_keeps_its_memory(shell: Shell, redis: RedisServer) -> None:
+    def told(part: str, *arguments: str) -> tuple[str, str]:
+        return examined(shell, *arguments).checks[part, "memory"]
+
+    shell.store = redis_url(redis)
+    mirror = redis_url(redis, db=1)
+    try:
+        for policy, of_authority, of_mirror in (
+            ("noeviction", "ok", "ok"),
+            ("volatile-lru", "warn", "ok"),  # lazy units have an expiry, and entries have none
+            ("allkeys-lru", "warn", "warn"),
+        ):
+            redis.run("CONFIG", "SET", "maxmemory-policy", policy)
+            assert told("authority")[0] == of_authority
+            assert told("mirror", "--mirror", mirror)[0] == of_mirror
+        redis.run("CONFIG", "SET", "maxmemory", "0")
+        for part in ("authority", "mirror"):
+            state, text = told(part, "--mirror", mirror)
+            assert (state, "set maxmemory" in text) == ("warn", True)
+    finally:
+        redis.run("CONFIG", "SET", "maxmemory-policy", "noeviction", "maxmemory", "256mb")
 
 
 def test_a_wrong_database(shell: Shell, redis: RedisServer) -> None:

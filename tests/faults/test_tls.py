@@ -17,7 +17,15 @@ import pytest
 
 from tests.support import etcd_servers
 from tests.support.etcd_servers import EtcdCluster, etcd
-from tests.support.redis_servers import Certificates, RedisServer, redis_server
+from tests.support.redis_servers import (
+    Certificates,
+    ClusterSet,
+    RedisServer,
+    SentinelSet,
+    cluster_set,
+    redis_server,
+    sentinel_set,
+)
 from tests.support.waiting import wait_until
 from veltrix_mw import AuthFailed, ConfigClient
 from veltrix_mw.errors import StoreError
@@ -83,13 +91,34 @@ def secured_etcd(rotation: Rotation) -> Iterator[EtcdCluster]:
         yield cluster
 
 
+ASKING: Final = ("--tls-auth-clients", "yes")
+USER: Final = ("ACL", "SETUSER", "shop", "on", ">secret-1", "~*", "+@all")
+
+
 @contextmanager
 def secured_redis(rotation: Rotation) -> Iterator[RedisServer]:
     """A Redis that asks for a certificate, and for a user."""
-    with redis_server("--tls-auth-clients", "yes", tls=(rotation.both, *rotation.server)) as server:
-        server.run("ACL", "SETUSER", "shop", "on", ">secret-1", "~*", "+@all")
+    with redis_server(*ASKING, tls=(rotation.both, *rotation.server)) as server:
+        server.run(*USER)
         server.run("ACL", "SETUSER", "default", "nocommands", "+acl", "+client", "+config")
         yield server
+
+
+@contextmanager
+def secured_set(rotation: Rotation, kind: str) -> Iterator[SentinelSet | ClusterSet]:
+    """Several that ask for a certificate. `default` stays on: the servers come by it to each other."""
+    of_kind = sentinel_set if kind == "sentinel" else cluster_set
+    with of_kind(*ASKING, tls=(rotation.both, *rotation.server)) as made:
+        for server in made.servers:
+            server.run(*USER)
+        yield made
+
+
+def each_of(made: RedisServer | SentinelSet | ClusterSet) -> list[RedisServer]:
+    """Whoever a client may be connected to."""
+    if isinstance(made, RedisServer):
+        return [made]
+    return [*made.servers, *(made.sentinels if isinstance(made, SentinelSet) else ())]
 
 
 def etcd_url(cluster: EtcdCluster, query: str) -> str:
@@ -173,11 +202,13 @@ def test_a_worker_of_etcd_goes_on_with_the_certificate_that_took_the_place_of_an
         assert troubles(worker) == ""
 
 
+@pytest.mark.parametrize("kind", ["one", "sentinel", "cluster"])
 def test_relay_and_workers_go_on_with_the_certificate_that_took_the_place_of_an_expired_one(
-    rotation: Rotation,
+    rotation: Rotation, kind: str
 ) -> None:
-    with secured_etcd(rotation) as cluster, secured_redis(rotation) as server:
-        url, mirror = etcd_url(cluster, rotation.query), redis_url(server, rotation.query)
+    secured = secured_redis(rotation) if kind == "one" else secured_set(rotation, kind)
+    with secured_etcd(rotation) as cluster, secured as servers:
+        url, mirror = etcd_url(cluster, rotation.query), f"{servers.url}?{rotation.query}"
         relay = ConfigClient(url, mirror=mirror, instance="the-relay")
         worker = ConfigClient(url, mirror=mirror, relay="never")
         with relay, worker:
@@ -188,7 +219,8 @@ def test_relay_and_workers_go_on_with_the_certificate_that_took_the_place_of_an_
 
             wait_until(lambda: is_served(1), WITHIN_S, reason="the worker follows the mirror")
             rotation.show(rotation.expired)
-            server.run("CLIENT", "KILL", "TYPE", "normal")
+            for server in each_of(servers):
+                server.run("CLIENT", "KILL", "TYPE", "normal")
             cut(cluster)
             for each in (relay, worker):
                 wait_until(

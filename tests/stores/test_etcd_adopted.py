@@ -119,8 +119,9 @@ def test_a_channel_whose_interceptor_makes_generators_of_streams_is_used_and_wat
     connect: MakeClient, server: EtcdCluster
 ) -> None:
     client, generators = connect(server.hosts[0]), Generators()
-    client.channel = grpc.intercept_channel(client.channel, generators)
+    client.channel = grpc.intercept_channel(grpc.intercept_channel(client.channel, generators), generators)
     store = adopt_store(client, namespace="generated")
+    assert store.info.url == f"etcd://127.0.0.1:{server.members[0].port}/generated"
     first = put(store, "a", b"1")
     assert entries(store)["a"] == (b"1", first), "a call with more time than its answer needs to begin"
     watch = store.watch(here(store), timeout_s=WITHIN_S)

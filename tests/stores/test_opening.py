@@ -25,7 +25,9 @@ SERVER = {"namespace": "shop", "tls": True, "user": "ann", "password": "pw"}
         ("sqlite:////srv/x.db?namespace=shop&timeout_s=1&keep_revisions=5", "sqlite", "sqlite:////srv/x.db"),
         (f"etcd://ann:{SECRET}@h1,h2:23/shop?timeout_s=1&values=text", "etcd", "etcd://h1:2379,h2:23/shop"),
         (f"etcds://ann:{SECRET}@h1/shop?ca=/ca&cert=/c&key=/k&prefix=/p/", "etcd", "etcds://h1:2379/shop"),
+        (f"etcd://ann:{SECRET}@h1/shop?transport=grpc", "etcd", "etcd://h1:2379/shop?transport=grpc"),
         (f"redis://ann:{SECRET}@h1/3?namespace=shop&keep_revisions=5", "redis", "redis://h1:6379/3"),
+        ("redis://h1?namespace=shop&wait_replicas=2", "redis", "redis://h1:6379/0?wait_replicas=2"),
         (f"rediss://:{SECRET}@h1?namespace=shop&ca=/ca&cert=/c&key=/k&timeout_s=1", "redis", "rediss://h1:6379/0"),
     ],
 )

@@ -18,7 +18,7 @@ from tests.stores.test_etcd import EtcdHarness, Servers
 from tests.stores.test_mirrored import EtcdAndRedis, MirroredContract, MirroredHarness
 from tests.support.redis_servers import ClusterSet, RedisServer, SentinelSet, cluster_set, cut_off, sentinel_set
 from tests.support.waiting import wait_until
-from veltrix_mw.errors import StoreError, StoreUnavailable
+from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
 from veltrix_mw.protocols import ChangeRecord, RawOperation
 from veltrix_mw.settings import parse_url
 from veltrix_mw.stores.redis import RedisStore
@@ -322,7 +322,7 @@ def test_a_name_that_the_sentinels_do_not_know_is_said(sentinels: SentinelSet) -
 def test_what_is_no_sentinel_is_said(sentinels: SentinelSet, open_store: OpenStore) -> None:
     url = f"redis+sentinel://127.0.0.1:{sentinels.primary().port}/mymaster"
     store = open_at(url=url, namespace="shop")
-    with pytest.raises(StoreError, match=r"is no sentinel: name the sentinels"):
+    with pytest.raises(StoreError, match=r"127.0.0.1:[0-9]+ is a Redis server, not a sentinel: name the"):
         store.list(timeout_s=WITHIN_S)
     store.close()
 
@@ -394,6 +394,23 @@ def test_a_slot_that_is_on_its_way_is_read_and_written_once_its_keys_are_togethe
     assert put(store, "a", b"4") == 4
     assert [batch.position.revision for batch in drain(watch, 4)] == [4]
     watch.close()
+
+
+def test_who_may_not_ask_where_a_slot_is_going_is_told_so(whole_cluster: ClusterSet, open_store: OpenStore) -> None:
+    cluster = whole_cluster
+    put(open_store(cluster), "a", b"1")
+    for server in cluster.servers:
+        server.run("ACL", "SETUSER", "barred", "on", ">pw", "~*", "+@all", "-asking")
+    store = open_store(cluster, user="barred", password="pw")
+    source = cluster.owner(SLOT)
+    target = cluster.another(source)
+    cluster.begin_moving(SLOT, source, target)
+    cluster.move_keys(SLOT, source, target)
+    for call in (lambda: entries(store), lambda: put(store, "a", b"2")):
+        with pytest.raises(AuthFailed, match=r"lacks \+asking"):
+            call()
+    cluster.end_moving(SLOT, source, target)
+    assert put(store, "a", b"3") == 2
 
 
 def test_a_write_whose_answer_an_owner_owes_has_an_unknown_fate(

@@ -155,7 +155,7 @@ class EtcdStore:
         )
         where = ",".join(map(shown, hosts))
         limits = Limits(MAX_VALUE_BYTES, _MAX_OPERATIONS, _MAX_TRANSACTION_BYTES)
-        url = f"etcd{'s' if tls else ''}://{where}/{namespace}"
+        url = f"etcd{'s' if tls else ''}://{where}/{namespace}{'?transport=grpc' if transport == 'grpc' else ''}"
         self._info = StoreInfo("etcd", url, namespace, limits, self._space.lazy)
         self._timeout_s = timeout_s
         self._renew_watch_s = renew_watch_s

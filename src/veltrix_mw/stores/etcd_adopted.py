@@ -122,10 +122,11 @@ class Adopted:
 def _target(channel: Any) -> Host:
     """Where it goes, as far as gRPC tells; for messages alone."""
     try:
-        channel._channel.check_connectivity_state(
-            False
-        )  # raises where it was closed: asked then, gRPC ends the process
-        target = channel._channel.target()
+        inner = channel
+        while hasattr(inner, "_channel"):  # that of an interceptor is around another
+            inner = inner._channel
+        inner.check_connectivity_state(False)  # raises where it was closed: asked then, gRPC ends the process
+        target = inner.target()
         host, _, port = target.decode().rpartition("/")[2].rpartition(":")
         return host.strip("[]"), int(port)
     except (AttributeError, TypeError, ValueError):

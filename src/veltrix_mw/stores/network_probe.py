@@ -18,6 +18,7 @@ from veltrix_mw.findings import Said, Step, fail, ok, warn
 from veltrix_mw.settings import Host, shown
 from veltrix_mw.stores.dialing import NameTimeout, addresses_of, dial
 from veltrix_mw.stores.tls import Tls, UnusableFile, Verdict, reason_of, verdict_of
+from veltrix_mw.words import milliseconds
 
 __all__ = ["Fault", "NetworkProbe", "ask_each", "judged"]
 
@@ -86,7 +87,7 @@ class NetworkProbe:
                 ) from exc
             except OSError as exc:
                 raise Fault(f"{shown(host)} cannot be reached ({reason_of(exc)}): check address and network") from exc
-            return f"{shown(host)} in {(time.monotonic() - begun_s) * 1000:.1f} ms"
+            return f"{shown(host)} in {milliseconds(time.monotonic() - begun_s)}"
 
         return self._judged(ask_each(self.reached, ask, by_s), join=", ")
 

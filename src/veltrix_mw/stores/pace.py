@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from veltrix_mw.findings import Said, ok, warn
+from veltrix_mw.words import milliseconds
 
 __all__ = ["clock_said", "paced"]
 
@@ -41,7 +42,7 @@ def paced(ask: Callable[[], object], what: str) -> Said:
         ask()
         took_each_s.append(time.monotonic() - begun_s)
     took_s = statistics.median(took_each_s)
-    told = f"{what} takes {took_s * 1000:.1f} ms"
+    told = f"{what} takes {milliseconds(took_s)}"
     if took_s <= SLOW_S:
         return ok(told)
     return warn(f"{told}: is the server in another region, or overloaded?")

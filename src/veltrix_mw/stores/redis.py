@@ -143,7 +143,8 @@ class RedisStore:
         self._wait_replicas = wait_replicas
         self._wait_timeout_s = wait_timeout_s
         limits = Limits(MAX_VALUE_BYTES, _MAX_OPERATIONS, _MAX_TRANSACTION_BYTES)
-        self._info = StoreInfo("redis", self._link.url, namespace, limits, self._lazy)
+        url = f"{self._link.url}?wait_replicas={wait_replicas}" if wait_replicas else self._link.url
+        self._info = StoreInfo("redis", url, namespace, limits, self._lazy)
         # How many eager entries there were at a position; replaced whole, so it needs no lock.
         self._eager: tuple[Position, int] | None = None
 

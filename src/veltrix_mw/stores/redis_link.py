@@ -278,7 +278,11 @@ class Connection:
                 aside.sock.close()
             self._aside = aside = self._dialed(onward, host)
         self._last = aside
-        return aside.exchange([each for command in commands for each in (("ASKING",), command)])[1::2]
+        replies = aside.exchange([each for command in commands for each in (("ASKING",), command)])
+        refused = next((reply for reply in replies[::2] if isinstance(reply, Exception)), None)
+        if refused is not None:
+            raise refused  # it may not ask: what the command met says less
+        return replies[1::2]
 
     def _dialed(self, onward: _Onward, host: Host) -> _Channel:
         old = self._channel.sock
@@ -701,7 +705,10 @@ class RedisLink:
         if unknown is not None:
             name = unknown[1].upper() or "a command"
             if self._is_guide and name == "SENTINEL":
-                return StoreError(f"{url} is no sentinel: name the sentinels in the URL, or write redis://")
+                at = shown(self._route.at) if self._route.at else "it"
+                return StoreError(
+                    f"{at} is a Redis server, not a sentinel: name the sentinels in the URL, or write redis://"
+                )
             return StoreError(
                 f"{url} does not know {name}: streams need Redis 5 or newer, and the commands of docs/redis-layout.md "
                 "must not be renamed or disabled"

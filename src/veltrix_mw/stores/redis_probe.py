@@ -112,7 +112,7 @@ class RedisProbe:
                 f"{self._where} takes connections and answers nothing within {self._timeout_s:g} s: is the process "
                 "stopped, or its machine overloaded?"
             )
-        return ok(f"Redis answers at {self._where}")
+        return ok(f"Redis answers at {self._where}{self._route.chosen}")
 
     def _authentication(self, _by_s: float) -> Said:
         if self._not_let_in is not None:
@@ -243,9 +243,13 @@ class RedisProbe:
         policy = told.get("maxmemory_policy", "noeviction")
         mib = 1 << 20
         if not most:
-            return ok(f"{used / mib:.1f} MiB used, without a maxmemory")
+            return warn(
+                f"{used / mib:.1f} MiB used, without a maxmemory: it grows until its machine has no more; "
+                "set maxmemory, with room to spare"
+            )
         shown = f"{used / mib:.1f} of {most / mib:.1f} MiB used, {policy}"
-        if policy != "noeviction":
+        spares_ours = self._role == "mirror" and policy.startswith("volatile-")  # but for lazy units, which come again
+        if policy != "noeviction" and not spares_ours:
             return warn(f"{shown}: it may evict keys of this namespace; set maxmemory-policy noeviction")
         if used >= _NEARLY_FULL * most:
             return warn(

@@ -46,6 +46,7 @@ class Server:
 
     asks_for_role: Final = False
     follows: Final = False
+    chosen: Final = ""
 
     def __init__(self, host: str, port: int, *, called: str = "") -> None:
         """`called` is what errors call it, in place of its URL."""
@@ -88,6 +89,9 @@ class Guided:
 
     follows: bool
     """Whether servers send calls on to others."""
+
+    chosen: str
+    """What the server is, behind its address in a sentence."""
 
     login: Login | None
     """As whom the guides are asked; None for the user of the server."""
@@ -236,6 +240,7 @@ class Sentinels(Guided):
         """`name` is what they call the primary; `login` is for them, not for the primary."""
         self._name = name
         self.login = login
+        self.chosen = f", the primary {name!r} of the sentinels"
         self._nobody = f"none of the sentinels ({len(hosts)}) says where {name!r} is"
         self._questions = (("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name), ("SENTINEL", "MASTER", name))
         super().__init__(hosts, clock)
@@ -269,6 +274,7 @@ class Nodes(Guided):
 
     def __init__(self, hosts: Sequence[Host], slot: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._slot = slot
+        self.chosen = ", the cluster's primary for the namespace"
         self._nobody = f"no node of the cluster says who has slot {slot}"
         super().__init__(hosts, clock)
 
