@@ -217,15 +217,15 @@ class _Fleet:
 
     def _costs(self) -> tuple[int, int, int, int]:
         stats: Any = self._redis.info("everything")
-        ran = {name: stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("hgetall", "lrange")}
+        ran = {name: stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("hgetall", "xadd")}
         metrics = self._real.metrics()
         requests = sum(
             value
             for name, value in metrics.items()
             if name.startswith("grpc_server_started_total") and ('"Range"' in name or '"Txn"' in name)
         )
-        # The relay looks for a unit as often as it takes names from the queue.
-        unit_reads = ran["hgetall"] - ran["lrange"]
+        # The relay looks for a unit as often as it announces it.
+        unit_reads = ran["hgetall"] - ran["xadd"]
         return self._etcd.marked, stats["total_reads_processed"], unit_reads, int(requests)
 
 
