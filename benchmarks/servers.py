@@ -1,10 +1,16 @@
-"""The servers that measurements use: one etcd, one Redis, on free ports of this machine, gone when the block ends."""
+"""The servers that measurements use: one etcd, one Redis, on free ports of this machine, gone when the block ends.
+
+Owns also what holds back what passes to them, as if they were far away.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import mmap
 import os
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -15,7 +21,7 @@ from typing import Any
 import redis
 import urllib3
 
-__all__ = ["Servers", "forked", "servers"]
+__all__ = ["Delayed", "Servers", "delayed", "forked", "servers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +105,74 @@ def forked(count: int, body: Callable[[int], None]) -> Iterator[int]:
         for pid in children:
             os.waitpid(pid, 0)
         os.close(reading)
+
+
+@dataclass(frozen=True, slots=True)
+class Delayed:
+    """Where something listens that passes all to a server, and back, each later than it came."""
+
+    port: int
+    _counted: mmap.mmap
+
+    @property
+    def marked(self) -> int:
+        """The requests with the marker that have passed."""
+        count: int = struct.unpack_from("=q", self._counted)[0]
+        return count
+
+
+@contextlib.contextmanager
+def delayed(port: int, delay_s: float, *, marker: bytes = b"") -> Iterator[Delayed]:
+    """A server as it is seen from `delay_s` away. In a process of its own: it must not wait for who measures."""
+    counted = mmap.mmap(-1, 8)
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=4096) as listening,
+        forked(1, lambda _pipe: asyncio.run(_pass(listening, port, delay_s, marker, counted))),
+    ):
+        yield Delayed(listening.getsockname()[1], counted)
+
+
+async def _pass(listening: socket.socket, port: int, delay_s: float, marker: bytes, counted: mmap.mmap) -> None:
+    loop = asyncio.get_running_loop()
+
+    class End(asyncio.Protocol):
+        """One end of a passage. What comes before the other end is there comes at once when it is."""
+
+        def __init__(self, other: End | None = None) -> None:
+            self.other = other
+            self.is_front = other is None
+            self.transport: asyncio.Transport | None = None
+            self.early: list[bytes] = []
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            self.transport = transport
+            if self.other is None:
+                self.other = End(self)
+                opening = loop.create_connection(lambda: self.other, "127.0.0.1", port)
+                self.opening = loop.create_task(opening)
+            for data in self.early:
+                transport.write(data)
+
+        def data_received(self, data: bytes) -> None:
+            if self.is_front and marker and marker in data:
+                struct.pack_into("=q", counted, 0, struct.unpack_from("=q", counted)[0] + 1)
+            assert self.other is not None
+            loop.call_later(delay_s, self.other.write, data)
+
+        def connection_lost(self, _exc: Exception | None) -> None:
+            assert self.other is not None
+            loop.call_later(delay_s, self.other.close)
+
+        def write(self, data: bytes) -> None:
+            if self.transport is None:
+                self.early.append(data)
+            else:
+                self.transport.write(data)
+
+        def close(self) -> None:
+            if self.transport is not None:
+                self.transport.close()
+
+    async with await loop.create_server(End, sock=listening):
+        await asyncio.Event().wait()

@@ -6,7 +6,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,9 +14,16 @@ import pytest
 from tests.support.etcd_servers import EtcdCluster, etcd
 from tests.support.redis_servers import RedisServer, SentinelSet, cluster_set, redis_server, sentinel_set
 from tests.support.waiting import wait_until
-from veltrix_mw import MISSING, ConfigClient, Delete, Put
+from veltrix_mw import MISSING, ConfigClient, Delete, Put, unit_reader
+from veltrix_mw.coalesce.unit_cache import UnitCache
+from veltrix_mw.lazy import LazyUnits
+from veltrix_mw.protocols import Filled, FoundUnits, MirrorState, Position
+from veltrix_mw.replica import Publication
+from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.stores.memory import MemoryStore
 from veltrix_mw.stores.redis_routes import slot_of
 from veltrix_mw.unit_reader import UnitReader
+from veltrix_mw.validation import Schemas
 
 WITHIN_S = 30.0
 LAZY = ("tenants/", "users/")
@@ -41,6 +48,12 @@ def _etcd() -> Iterator[EtcdCluster]:
         yield cluster
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay is waited for, however busy the machine is: what is read from where must not hang on that."""
+    monkeypatch.setattr(unit_reader, "FILLED_WITHIN_S", WITHIN_S)
+
+
 Open = Callable[..., ConfigClient]
 
 
@@ -53,7 +66,7 @@ def connect(_etcd: EtcdCluster, redis: RedisServer) -> Iterator[Open]:
         def connect(**options: Any) -> ConfigClient:
             url = f"etcd://127.0.0.1:{_etcd.members[0].port}/shop"
             mirror = f"redis://127.0.0.1:{redis.port}/0"
-            options = {"mirror": mirror, "lazy": LAZY, "relay": "never", **options}
+            options = {"mirror": mirror, "lazy": LAZY, "relay": "never", "fetch_timeout_s": 2 * WITHIN_S, **options}
             client = stack.enter_context(ConfigClient(url, **options))
             client.wait_ready(WITHIN_S)
             if options["mirror"] and options["relay"] == "never":
@@ -172,8 +185,9 @@ def test_without_a_relay_the_authority_is_read_at_once_and_nothing_is_filled(
 
 
 def test_a_relay_that_does_not_fill_is_waited_for_only_so_long(
-    relay: ConfigClient, connect: Open, redis: RedisServer
+    relay: ConfigClient, connect: Open, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(unit_reader, "FILLED_WITHIN_S", 0.3)
     relay.put("tenants/acme/a", 1)
     worker = connect()
     assert relay._relay is not None
@@ -183,6 +197,44 @@ def test_a_relay_that_does_not_fill_is_waited_for_only_so_long(
     assert units_read(worker) == {"mirror": 0, "authority": 1, "wanted": 1}
     assert redis.run("LRANGE", "veltrix:{shop}:wanted", 0, -1) == [b"tenants/acme"]
     assert 0 < redis.run("PTTL", "veltrix:{shop}:wanted") <= 5_000
+
+
+class BusyMirror:
+    """One whose relay has not come to any unit yet."""
+
+    def __init__(self) -> None:
+        self.on_filled: Filled | None = None
+        self.looked: list[str] = []
+
+    def find_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> FoundUnits:
+        self.looked += names
+        return FoundUnits(MirrorState(position, lazy=LAZY, relay="the-relay"), {})
+
+    def want_units(self, names: Sequence[str], *, timeout_s: float) -> None:
+        pass
+
+
+def test_a_relay_that_fills_others_is_waited_for_a_while_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unit_reader, "FILLED_WITHIN_S", 0.3)
+    now_s, mirror = [100.0], BusyMirror()
+    units, position = LazyUnits(LAZY, Schemas({}), UnitCache()), Position("one", 1)
+    units.take(Publication(Snapshot(revision=1, incarnation="one", origin="redis"), None, (), position))
+    reader = UnitReader(MemoryStore(lazy=LAZY), units, mirrored=mirror, clock=lambda: now_s[0])
+    assert mirror.on_filled is not None
+    first = reader._read(["tenants/a", "tenants/b"])
+    assert [each.until_s for each in first.values()] == pytest.approx([100.3, 100.3])
+    for filled_at_s, until_s in ((100.25, 100.55), (100.5, 100.8), (100.75, 101.0)):
+        now_s[0] = filled_at_s
+        mirror.on_filled(["tenants/other"])
+        now_s[0] = filled_at_s + 0.1
+        assert reader._read(["tenants/a"])["tenants/a"].until_s == pytest.approx(until_s)
+    assert mirror.looked == ["tenants/a", "tenants/b"]
+    assert reader.units_read["authority"] == 0
+    now_s[0] = 101.0  # and no longer, whatever else it fills
+    mirror.on_filled(["tenants/other"])
+    reader._read(["tenants/a"])
+    wait_until(lambda: reader.units_read["authority"] == 1, WITHIN_S, reason="the authority to be asked")
+    reader.close(timeout_s=WITHIN_S)
 
 
 def test_a_worker_that_may_only_read_the_mirror_and_want(

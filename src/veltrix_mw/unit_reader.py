@@ -47,6 +47,9 @@ BATCH: Final = 500
 FILLED_WITHIN_S: Final = 0.3
 """How long the relay may take: it reads a unit in the time of one call, and a relay's takeover takes seconds."""
 
+FILLED_MOST_S: Final = 1.0
+"""How long it may take while it fills others: it is there, and who went to the authority would only keep it busy."""
+
 DIRECT_PER_S: Final = 200
 """Units a second that one process reads from the authority in the mirror's stead: a fleet without a relay is many."""
 
@@ -113,6 +116,7 @@ class _Awaited:
 
     due_s: float
     ends_s: float
+    most_s: float = -math.inf  # until when the relay may take while it fills others
     is_direct: bool = False
     early: tuple[Reading, MirroredUnit] | None = None  # as of a revision that is not reached
 
@@ -153,6 +157,7 @@ class UnitReader:
         self._brought: dict[str, Any] = {}  # by the second batcher
         self._sweep_at_s = 0.0
         self._barred_until_s = 0.0
+        self._filled_at_s = -math.inf  # when the relay last filled anything; the follower's to write
         if mirrored is not None:
             mirrored.on_filled = self._filled
         # Figures for people: what two threads count at once may count as one.
@@ -183,6 +188,7 @@ class UnitReader:
             self._batcher.wake(self._early.copy())
 
     def _filled(self, names: Sequence[str]) -> None:
+        self._filled_at_s = self._clock()
         self._batcher.wake(names)
 
     def load(self, names: Sequence[str], pinned: Snapshot, timeout_s: float | None = None) -> _Loaded:
@@ -356,7 +362,9 @@ class UnitReader:
             if unit.is_direct:
                 self._take_direct(name, unit, now_s, read)
             elif name not in read and unit.due_s <= now_s:
-                direct[name] = unit
+                unit.due_s = max(unit.due_s, min(self._filled_at_s + FILLED_WITHIN_S, unit.most_s))
+                if unit.due_s <= now_s:
+                    direct[name] = unit
             elif name not in read and unit.early is None:
                 looked[name] = unit
         if looked:
@@ -426,6 +434,7 @@ class UnitReader:
             self.units_read["wanted"] += len(fresh)
             for name in fresh:
                 filled[name].due_s = self._clock() + FILLED_WITHIN_S
+                filled[name].most_s = self._clock() + FILLED_MOST_S
         return {name: unit for name, unit in lacking.items() if name not in filled}
 
     def _go_direct(self, name: str, awaited: _Awaited, read: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "NotOurs",
     "Script",
     "StreamEntry",
+    "TAKE",
     "age_of",
     "append_arguments",
     "encode_record",
@@ -619,6 +620,14 @@ for unit = 4, #KEYS do
 end
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'units', ARGV[7])
 return {'ok'}
+"""
+)
+
+TAKE: Final = Script(
+    """-- KEYS wanted
+local names = redis.call('LRANGE', KEYS[1], 0, -1)
+if #names > 0 then redis.call('DEL', KEYS[1]) end
+return names
 """
 )
 

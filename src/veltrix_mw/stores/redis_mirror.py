@@ -37,6 +37,7 @@ from veltrix_mw.stores.redis_layout import (
     MIRROR,
     PROVE,
     RESIGN,
+    TAKE,
     Names,
     append_arguments,
     held_as,
@@ -299,13 +300,10 @@ class RedisMirror:
     def wanted_units(self, *, wait_s: float, timeout_s: float) -> Sequence[str]:
         wanted = self._names.wanted
         with self._link.session(wait_s + timeout_s) as connection:
-            first = connection.execute("BLPOP", wanted, f"{wait_s:.3f}")
-            if first is None:
-                return []
-            others = connection.execute("LRANGE", wanted, 0, -1)
-            if others:
-                connection.execute("LTRIM", wanted, len(others), -1)
-        return [name.decode(errors="replace") for name in dict.fromkeys([first[1], *others])]
+            # Sent together: what is wanted waits for one round trip, however far away the server is.
+            first, others = connection.pipeline([("BLPOP", wanted, f"{wait_s:.3f}"), ("EVAL", TAKE.text, 1, wanted)])
+        names = [*([] if first is None else first[1:]), *others]
+        return [name.decode(errors="replace") for name in dict.fromkeys(names)]
 
     def fill_units(
         self,
