@@ -107,7 +107,10 @@ class Moving:
             except Moved:
                 assert not self._closed
                 self._watch.close()
-                self._watch = self._store.opened(self._position, WITHIN_S)
+                if self._position.incarnation:
+                    self._watch = self._store.opened(self._position, WITHIN_S)
+                else:  # a mirror does not reach back to before it was filled: a replica would list
+                    self._watch = self._store.authority.watch(self._position, timeout_s=WITHIN_S)
                 continue
             if batches:
                 self._position = batches[-1].position

@@ -444,10 +444,16 @@ class ClusterSet:
     def owner(self, slot: int, *, asked: RedisServer | None = None) -> RedisServer:
         """The primary that has a slot, as a node that runs says."""
         asked = next(server for server in self.servers if server.is_up) if asked is None else asked
+        owner = self._find_owner(slot, asked)
+        assert owner is not None, f"nobody has slot {slot}"
+        return owner
+
+    def _find_owner(self, slot: int, asked: RedisServer) -> RedisServer | None:
+        """None where the node that is asked knows of nobody, as for a moment while another takes over."""
         for first, last, place, *_ in self._slots(asked):
             if first <= slot <= last:
                 return self._at(place[1])
-        raise AssertionError(f"nobody has slot {slot}")
+        return None
 
     def owner_of(self, key: str) -> RedisServer:
         """The server that has a key."""
@@ -461,11 +467,11 @@ class ClusterSet:
         """Wait until all other nodes say that a key has another owner than `old`; that one."""
         slot = slot_of(key)
         others = [server for server in self.servers if server is not old]
-        wait_until(
-            lambda: all(self.owner(slot, asked=each) is not old for each in others),
-            _START_S,
-            reason="the nodes name another owner",
-        )
+
+        def replaced() -> bool:
+            return all(self._find_owner(slot, each) not in {None, old} for each in others)
+
+        wait_until(replaced, _REPLACED_S, reason="the nodes name another owner")
         return self.owner(slot, asked=others[0])
 
     def begin_moving(self, slot: int, source: RedisServer, target: RedisServer) -> None:
