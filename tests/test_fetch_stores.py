@@ -10,7 +10,7 @@ import pytest
 from tests.support.etcd_servers import etcd
 from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.waiting import wait_until
-from veltrix_mw import ConfigClient, SettingsError
+from veltrix_mw import ConfigClient, Delete, StoreUnavailable
 
 WITHIN_S = 30.0
 LIMIT, ZONE = "tenants/acme/limit", "tenants/acme/zone"
@@ -22,10 +22,14 @@ def redis() -> Iterator[RedisServer]:
         yield server
 
 
-@pytest.fixture(params=["sqlite", "etcd"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(params=["sqlite", "etcd", "redis"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, redis: RedisServer) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/c.db"
+        return
+    if request.param == "redis":
+        redis.run("FLUSHALL")
+        yield f"redis://127.0.0.1:{redis.port}/0?namespace=shop"
         return
     with etcd() as cluster:
         hosts = ",".join(f"{host}:{port}" for host, port in cluster.hosts)
@@ -52,12 +56,18 @@ def test_a_unit_that_changed_since_is_read_from_history(url: str) -> None:
         assert (early.fetch(LIMIT), client.view().fetch(LIMIT)) == (5, 6)
 
 
-def test_redis_as_the_authority_says_that_it_cannot_be_read_by_unit(redis: RedisServer) -> None:
+def test_units_whose_index_was_evicted_are_not_taken_for_absent(redis: RedisServer) -> None:
     redis.run("FLUSHALL")
     with ConfigClient(f"redis://127.0.0.1:{redis.port}/0?namespace=shop", lazy=("tenants/",)) as client:
         client.wait_for(client.put(LIMIT, 5), WITHIN_S)
-        with pytest.raises(SettingsError, match="etcd or SQLite"):
+        redis.run("DEL", "veltrix:{shop}:keys")
+        with pytest.raises(StoreUnavailable, match="the next write makes it anew"):
             client.view().fetch(LIMIT)
+        client.wait_for(client.put(ZONE, "eu"), WITHIN_S)
+        assert client.view().fetch_many([LIMIT, ZONE]) == {LIMIT: 5, ZONE: "eu"}
+        client.wait_for(client.write([Delete(LIMIT), Delete(ZONE)]), WITHIN_S)
+        assert not redis.run("EXISTS", "veltrix:{shop}:keys")
+        assert client.view().fetch(LIMIT, default=0) == 0
 
 
 def follows_mirror(client: ConfigClient) -> bool:

@@ -227,9 +227,25 @@ def test_a_writer_writes_redis_as_the_authority_and_a_worker_follows_it(redis_us
         worker.wait_for(writer.rollback(first), timeout_s=WAIT_S)
         assert dict(worker.snapshot) == {"checkout/max_items": 50}
         assert worker.history("checkout/max_items")[-1].value == 50
+        writer.delete("checkout/max_items")
         with pytest.raises(AuthFailed, match="ACL"):
             worker.put("checkout/max_items", 1)
     assert granted("shop-writer") <= used(redis_users) | granted("shop-worker")
+
+
+def test_a_worker_reads_lazy_units_of_redis_as_the_authority_with_what_the_page_names(redis_users: RedisServer) -> None:
+    page = PAGE.read_text()
+    (named,) = re.findall(r"with lazy prefixes\n`([^`]+)` beside it", page)
+    options = {"url": redis_url(redis_users, "worker", query="?namespace=shop"), "lazy": ("tenants/",)}
+    with ConfigClient(redis_url(redis_users, "writer", query="?namespace=shop")) as writer:
+        writer.write([Put("tenants/acme/limit", 5)])
+    with ConfigClient(**options) as worker, pytest.raises(AuthFailed, match="zrangebylex"):
+        worker.wait_ready()
+        worker.view().fetch("tenants/acme/limit")
+    redis_users.run("ACL", "SETUSER", "shop-worker", *named.split())
+    with ConfigClient(**options) as worker:
+        worker.wait_ready()
+        assert worker.view().fetch("tenants/acme/limit") == 5
 
 
 # --- leases

@@ -206,7 +206,7 @@ def test_a_redis_that_is_well_and_untouched(shell: Shell) -> None:
         assert report.state("authority", "write") == "ok"
         assert report.text("authority", "stream").startswith("1 change, from revision 1 to 1")
         assert server.run("DEBUG", "DIGEST") == before
-        assert sorted(server.run("KEYS", "*")) == [f"{BASE}changes".encode(), f"{BASE}entries".encode()]
+        assert sorted(server.run("KEYS", "*")) == [f"{BASE}{name}".encode() for name in ("changes", "entries", "keys")]
 
 
 def test_a_redis_that_holds_nothing_is_left_empty(shell: Shell, redis: RedisServer) -> None:
@@ -549,8 +549,8 @@ def test_each_check_of_etcd_asks_by_one_deadline(cluster: EtcdCluster, monkeypat
 
 def test_the_documented_users_of_redis_may_do_what_they_are_for(shell: Shell, redis: RedisServer) -> None:
     reading = "+get +time +exists +hmget +hscan +xrange +xread"
-    writing = f"{reading} +eval +evalsha +hget +hset +hdel +xadd +xrevrange"
-    keys = [f"~{BASE}entries", f"~{BASE}changes"]
+    writing = f"{reading} +eval +evalsha +hget +hset +hdel +type +zadd +zrem +xadd +xrevrange"
+    keys = [f"~{BASE}{name}" for name in ("entries", "changes", "keys")]
     redis.run("ACL", "SETUSER", "writer", "on", ">pw", "resetkeys", "resetchannels", "-@all", *keys, *writing.split())
     shell.store = redis_url(redis, login="writer:pw@")
     report = examined(shell)

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.stores import jobs
-from veltrix_mw.errors import Compacted, Conflict, KeyMissing, SettingsError, StoreError
+from veltrix_mw.errors import Compacted, Conflict, KeyMissing, StoreError
 from veltrix_mw.protocols import Batch, ChangeRecord, Position, RawOperation, Restored, Store, Watch
 from veltrix_mw.snapshot import Entry
 from veltrix_mw.values import MISSING, Missing
@@ -65,9 +65,6 @@ class Harness(ABC):
 
     pushes = False
     """Whether its watches are sent what is written, so that they may have it before the history is forgotten."""
-
-    reads_units = True
-    """Whether it can be read a lazy unit at a time."""
 
     counts_by_prefix = True
     """Whether it can count what some of its stores leave out and others do not."""
@@ -548,8 +545,6 @@ class StoreContract:
     @pytest.fixture
     def tenants(self, harness: Harness) -> Store:
         """A store that is read a tenant at a time."""
-        if not harness.reads_units:
-            pytest.skip("lazy units cannot be read from it, which it says")
         put(harness.open(), "a", b"1")  # the first opens for all: a relay leaves nothing out then
         return harness.open(lazy=("tenants/", "users/"))
 
@@ -615,13 +610,8 @@ class StoreContract:
         with pytest.raises(Restored):
             units(tenants, "tenants/acme", at=another)
 
-    def test_a_store_that_cannot_be_read_by_unit_says_so(self, harness: Harness) -> None:
-        store = harness.open(lazy=("tenants/",))
-        if harness.reads_units:
-            assert units(store, "tenants/acme") == {"tenants/acme": []}
-            return
-        with pytest.raises(SettingsError, match="lazy"):
-            units(store, "tenants/acme")
+    def test_units_of_a_store_that_was_never_written_to_are_absent(self, harness: Harness) -> None:
+        assert units(harness.open(lazy=("tenants/",)), "tenants/acme") == {"tenants/acme": []}
 
     # --- another history
 

@@ -63,8 +63,6 @@ class RedisHarness(Harness):
     def make(self, **options: Any) -> RedisStore:
         return RedisStore("127.0.0.1", self._port, namespace=self.namespace, **options)
 
-    reads_units = False
-
     def forget(self, oldest: int) -> None:
         newest = here(self.open()).revision
         put(self.open(keep_revisions=newest - oldest + 2), "forgotten", b"1")
@@ -607,9 +605,9 @@ def test_a_password_where_none_is_asked_for_is_said(server: RedisServer, open_st
         open_store(server, password="s3cret").list(timeout_s=WITHIN_S)
 
 
-WRITER = "~veltrix:{default}:entries ~veltrix:{default}:changes"
+WRITER = "~veltrix:{default}:entries ~veltrix:{default}:changes ~veltrix:{default}:keys"
 READING = "+hmget +hscan +xread +xrange +xrevrange +time +exists"
-WRITING = "+eval +evalsha +hget +hset +hdel +xadd"
+WRITING = "+eval +evalsha +hget +hset +hdel +type +zadd +zrem +xadd"
 
 
 def test_the_documented_acl_of_a_writer_is_enough(server: RedisServer, open_store: OpenStore) -> None:

@@ -34,7 +34,6 @@ class TopologyHarness(Harness):
     """Servers, emptied for each test."""
 
     keeps_records = False
-    reads_units = False
 
     def __init__(self, servers: SentinelSet | ClusterSet) -> None:
         super().__init__()

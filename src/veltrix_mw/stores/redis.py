@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from typing import Final
 
-from veltrix_mw.errors import Compacted, SettingsError, StoreError, StoreUnavailable
+from veltrix_mw.errors import Compacted, StoreError, StoreUnavailable
 from veltrix_mw.keys import outermost
 from veltrix_mw.protocols import (
     ChangeRecord,
@@ -45,11 +46,13 @@ from veltrix_mw.stores.redis_layout import (
 from veltrix_mw.stores.redis_link import WAIT_TIMEOUT_S, Connection, RedisLink
 from veltrix_mw.stores.redis_reading import Page, Reader, RedisWatch, Torn, entries_of
 from veltrix_mw.stores.redis_routes import Route, Server
+from veltrix_mw.stores.units import MAX_UNIT_KEYS, bounded
 from veltrix_mw.values import MAX_VALUE_BYTES, MISSING, Missing
 
 __all__ = ["RedisStore"]
 
 _MAX_OPERATIONS: Final = 1_000  # four words each in one `XADD`, of the 8,000 that Lua may pass to a command
+_MAX_KEYS_AT_ONCE: Final = 5_000  # that units are read of in one call, which holds up all others
 _MAX_TRANSACTION_BYTES: Final = 32 * 1024 * 1024  # half of what Redis lets a client have on its way
 
 Stored = tuple[bytes, int]
@@ -134,7 +137,8 @@ class RedisStore:
             cert=cert,
             key=key,
         )
-        self._names = Names(namespace)
+        self._names = names = Names(namespace)
+        self._written = names.entries, names.changes, names.keys
         self._rules = _Rules(self._names, self._link.url)
         self._reader = Reader(self._link, self._names, self._rules)
         self._timeout_s = timeout_s
@@ -194,7 +198,7 @@ class RedisStore:
             if self._wait_replicas:
                 connection.execute("WAIT", 0, 1)  # whoever may not wait is told so before anything is written
             with self._link.writing(connection, timeout_s):
-                said, *rest = connection.run(COMMIT, (self._names.entries, self._names.changes), arguments)
+                said, *rest = connection.run(COMMIT, self._written, arguments)
             if said == b"conflict":
                 operation, now = operations[int(rest[0])], rest[1]
                 value, revision = stored_of(operation.key.encode(), now) if now else (b"", 0)
@@ -276,19 +280,22 @@ class RedisStore:
             position = self._undo(connection, listed.entries, listed.meta, revision)
         return Listing(position, listed.ascending(self._lazy))
 
-    def read_units(
-        self,
-        names: Sequence[str],  # noqa: ARG002
-        position: Position,  # noqa: ARG002
-        *,
-        timeout_s: float,  # noqa: ARG002
-    ) -> dict[str, RawUnit]:
-        # The entries are one hash, which cannot be ranged. An index would hold each key a second time, for a store that
-        # small teams use: it comes when somebody wants it.
-        raise SettingsError(
-            "Redis as the authority cannot be read a lazy unit at a time: leave these prefixes out of lazy=, or make "
-            "etcd or SQLite the authority"
-        )
+    def read_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> dict[str, RawUnit]:
+        if not position.revision:
+            return {name: RawUnit(()) for name in names}
+        read: dict[str, RawUnit] = {}
+        with self._link.session(timeout_s) as connection:
+            part: dict[str, Sequence[bytes]] = {}
+            for name, below in self._keys_below(connection, names, position).items():
+                if len(below) > MAX_UNIT_KEYS:
+                    read[name] = bounded(name, ((name, b"", 0) for _ in below))  # refused, by their number alone
+                    continue
+                if sum(map(len, part.values())) + len(below) > _MAX_KEYS_AT_ONCE:
+                    read |= self._read_part(connection, part, position)
+                    part = {}
+                part[name] = below
+            read |= self._read_part(connection, part, position)
+        return read
 
     def close(self) -> None:
         """End the watches and close every connection. Idempotent; a later call opens anew."""
@@ -330,6 +337,50 @@ class RedisStore:
         self._rules.was_there = True
         found = zip(keys, values[len(META_FIELDS) :], strict=True)
         return meta, {key: stored_of(key.encode(), raw) for key, raw in found if raw is not None}
+
+    def _keys_below(
+        self, connection: Connection, names: Sequence[str], position: Position
+    ) -> dict[str, Sequence[bytes]]:
+        """The keys below each unit's name, as they are now; one more than there may be where there are more.
+
+        Raises where `position` is not of this history, as far as that can be told now.
+        """
+        index = self._names.keys
+        # "0" is what follows "/".
+        ranges = [("ZRANGEBYLEX", index, f"[{name}/", f"({name}0", "LIMIT", 0, MAX_UNIT_KEYS + 1) for name in names]
+        meta, (indexed, *below) = self._reader.meta_and(connection, [("EXISTS", index), *ranges])
+        if meta is None:
+            self._reader.check_never_written(position)
+            return dict.fromkeys(names, ())
+        self._reader.judge_newest(meta, position)
+        if meta.count and not indexed:
+            raise StoreUnavailable(
+                f"the key {index} is gone from {self._link.url}, evicted for example, so lazy units cannot be found; "
+                "the next write makes it anew. Set maxmemory-policy noeviction"
+            )
+        self._rules.was_there = True
+        return dict(zip(names, below, strict=True))
+
+    def _read_part(
+        self, connection: Connection, part: Mapping[str, Sequence[bytes]], position: Position
+    ) -> dict[str, RawUnit]:
+        """Units as of `position`, of which these are the keys now: others that they had, the stream tells."""
+        if not part:
+            return {}
+        asked = [key for name, below in part.items() for key in (name, *(each.decode("ascii") for each in below))]
+        meta, found = self._read_now(connection, asked)
+        if meta is None or meta.position.incarnation != position.incarnation:
+            raise self._rules.other_history("another history came in between")
+        at = self._undo(connection, found, meta, position.revision)
+        if position.fingerprint not in {"", at.fingerprint}:
+            raise self._rules.other_history(f"revision {position.revision} is not the one that was followed")
+        keys = sorted(found)
+        read = {}
+        for name in part:
+            first, last = bisect_left(keys, f"{name}/"), bisect_left(keys, f"{name}0")
+            own = [name] if name in found else []
+            read[name] = bounded(name, ((key, *found[key]) for key in (*own, *keys[first:last])))
+        return read
 
     def _undo(self, connection: Connection, entries: dict[str, Stored], meta: Meta | None, revision: int) -> Position:
         """Turn what `entries` are at `meta` into what they were at `revision`; returns the position there.

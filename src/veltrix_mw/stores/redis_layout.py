@@ -81,6 +81,7 @@ class Names:
         self.base = f"veltrix:{{{namespace}}}:"
         self.entries = f"{self.base}entries"
         self.changes = f"{self.base}changes"
+        self.keys = f"{self.base}keys"
         self.lease = f"{self.base}lease"
         self.token = f"{self.base}token"
         self.wanted = f"{self.base}wanted"
@@ -331,9 +332,9 @@ def _record(raw: bytes) -> ChangeRecord:
 # Scripts. Revisions are written as decimal text: Lua's numbers are exact up to 2^53, and lose that in `..`.
 
 COMMIT: Final = Script(
-    """-- KEYS entries, changes; ARGV incarnation if none, mark, record, revisions kept; then each operation's key,
--- '+' or '-', value, and expected mod_revision ('' for any)
-local entries, changes = KEYS[1], KEYS[2]
+    """-- KEYS entries, changes, keys; ARGV incarnation if none, mark, record, revisions kept; then each operation's
+-- key, '+' or '-', value, and expected mod_revision ('' for any)
+local entries, changes, keys = KEYS[1], KEYS[2], KEYS[3]
 local meta = redis.call('HMGET', entries, '#format', '#kind', '#incarnation', '#revision', '#mark', '#count')
 if not meta[1] then
   if redis.call('EXISTS', entries) == 1 then return {'foreign'} end
@@ -341,10 +342,12 @@ if not meta[1] then
   meta = {'1', 'authority', ARGV[1], '0', '', '0'}
 elseif meta[1] ~= '1' then return {'foreign'}
 elseif meta[2] ~= 'authority' then return {'kind'} end
+local index = redis.call('TYPE', keys)['ok']
+if index ~= 'zset' and index ~= 'none' then return {'foreign'} end
 local revision = string.format('%.0f', tonumber(meta[4]) + 1)
 local count = tonumber(meta[6])
 local said = {'prev', meta[4] .. ' ' .. meta[5], 'incarnation', meta[3], 'mark', ARGV[2], 'record', ARGV[3]}
-local put, gone = {}, {}
+local put, gone, new = {}, {}, {}
 for at = 5, #ARGV, 4 do
   local key, kind, value, expected = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
   local now = redis.call('HGET', entries, key)
@@ -366,7 +369,28 @@ for at = 5, #ARGV, 4 do
   else
     put[#put + 1] = key
     put[#put + 1] = revision .. ' ' .. value
-    if not now then count = count + 1 end
+    if not now then
+      count = count + 1
+      new[#new + 1] = '0'
+      new[#new + 1] = key
+    end
+  end
+end
+if index == 'none' and tonumber(meta[6]) > 0 then -- evicted, say: of all that is there
+  new = {}
+  local page = {'0'}
+  repeat
+    page = redis.call('HSCAN', entries, page[1], 'COUNT', 1000)
+    for at = 1, #page[2], 2 do
+      if string.sub(page[2][at], 1, 1) ~= '#' then
+        new[#new + 1] = '0'
+        new[#new + 1] = page[2][at]
+      end
+    end
+  until page[1] == '0'
+  for at = 1, #put, 2 do
+    new[#new + 1] = '0'
+    new[#new + 1] = put[at]
   end
 end
 local added = redis.pcall('XADD', changes, 'MAXLEN', ARGV[4], revision .. '-0', unpack(said))
@@ -375,7 +399,11 @@ if type(added) == 'table' and added.err then
   return added
 end
 for from = 1, #put, 2000 do redis.call('HSET', entries, unpack(put, from, math.min(from + 1999, #put))) end
-if #gone > 0 then redis.call('HDEL', entries, unpack(gone)) end
+for from = 1, #new, 2000 do redis.call('ZADD', keys, unpack(new, from, math.min(from + 1999, #new))) end
+if #gone > 0 then
+  redis.call('HDEL', entries, unpack(gone))
+  redis.call('ZREM', keys, unpack(gone))
+end
 redis.call('HSET', entries, '#format', '1', '#kind', 'authority', '#incarnation', meta[3], '#revision', revision,
   '#mark', ARGV[2], '#count', string.format('%.0f', count))
 return {'ok', revision, meta[3]}

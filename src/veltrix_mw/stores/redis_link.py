@@ -221,8 +221,8 @@ class Connection:
         ]
         return self.pipeline(commands)
 
-    def try_writing(self, stream: str) -> None:
-        """Raise what a write to `stream` by a script would meet; changes nothing, whether or not the stream is there.
+    def try_writing(self, stream: str, index: str = "") -> None:
+        """Raise what a write to `stream` and `index` by a script would meet; changes nothing, be they there or not.
 
         Redis looks at permission, role, disk and memory before it refuses an entry whose id is 0-0.
         """
@@ -233,6 +233,8 @@ class Connection:
         except errors.ResponseError as exc:
             if "must be greater than 0-0" not in str(exc):
                 raise
+        if index:
+            self.execute("ZADD", index, "XX", 0, "#never")
 
     def replicated(self, replicas: int, timeout_s: float) -> int:
         """How many replicas have what was sent last, waiting until `replicas` do or the time is over."""

@@ -191,7 +191,7 @@ class RedisProbe:
     def _write(self, by_s: float) -> Said:
         try:
             with self._session(by_s) as connection:
-                connection.try_writing(self._names.changes)
+                connection.try_writing(self._names.changes, "" if self._role == "mirror" else self._names.keys)
         except NotPermitted as exc:
             self._may_write = False
             who = "relay" if self._role == "mirror" else "writer"
