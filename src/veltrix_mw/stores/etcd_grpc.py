@@ -196,6 +196,8 @@ def meaning(exc: grpc.RpcError, host: Host) -> Exception:
     match code:
         case grpc.StatusCode.DEADLINE_EXCEEDED | grpc.StatusCode.CANCELLED:
             return Late(host)
+        case grpc.StatusCode.UNKNOWN if "context deadline exceeded" in said or "context canceled" in said:
+            return Late(host)  # etcd saw the deadline before we did
         case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in said:
             # etcd's own words begin so.
             return Refused("request is too large") if said.startswith("grpc: ") else AnswerTooLarge()
