@@ -17,7 +17,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,11 +37,14 @@ AWAY_S = 0.06
 VALUE = 500
 _LONG_S = 3.0  # who takes longer has one round: the others would wait for it for minutes
 
+_TRIPS = ("time", "rpush", "blpop", "evalsha", "xread")
+"""Of ours each round trip to Redis has one of these: a look, a wish, a taking, a fill, the watch."""
+
 _UNIT = "tenants/un"
 _MARKER = base64.b64encode(b"shop/" + _UNIT.encode())  # fifteen bytes: what begins so in JSON begins so
 
-Read = Callable[[str], Any]
-Aread = Callable[[str], Awaitable[Any]]
+Read = Callable[..., Any]  # of a key; ours of several
+Aread = Callable[..., Awaitable[Any]]
 Rival = Callable[[Servers, asyncio.AbstractEventLoop], tuple[Read, Aread]]
 
 
@@ -69,7 +72,14 @@ def measure() -> list[Figure]:
             fleets |= {name: _Fleet(stack, real, found, etcd, rival) for name, rival in rivals.items()}
             fleets["waking alone"] = _Fleet(stack, real, found, etcd, _waking)
             herds = _in_turn(fleets)
-            many = {"ours": [fleets["ours"].distinct() for _ in range(ROUNDS)]}
+            many = {f"{PROCESSES} processes": [fleets["ours"].distinct() for _ in range(ROUNDS)]}
+    with (
+        servers() as real,
+        delayed(real.etcd, AWAY_S / 2, marker=_MARKER) as etcd,
+        contextlib.ExitStack() as stack,
+    ):
+        fleet = _Fleet(stack, real, replace(real, etcd=etcd.port), etcd, _ours, relay=True, processes=1)
+        many["one process"] = [fleet.distinct() for _ in range(ROUNDS)]
     with (
         servers() as real,
         delayed(real.etcd, AWAY_S / 2, marker=_MARKER) as etcd,
@@ -77,10 +87,9 @@ def measure() -> list[Figure]:
         contextlib.ExitStack() as stack,
     ):
         far = replace(real, etcd=etcd.port, redis=mirror.port)
-        name = "ours, Redis as far"
         fleet = _Fleet(stack, real, far, etcd, _ours, relay=True)
-        herds |= _in_turn({name: fleet})
-        many[name] = [fleet.distinct() for _ in range(ROUNDS)]
+        herds |= _in_turn({"ours, Redis as far": fleet})
+        many[f"{PROCESSES} processes, Redis as far"] = [fleet.distinct() for _ in range(ROUNDS)]
     return [*_readers(herds, fetch_s), *_counts(herds), *_distinct(many)]
 
 
@@ -152,7 +161,7 @@ def _in_turn(fleets: dict[str, _Fleet]) -> dict[str, list[Herd]]:
 
 
 class _Fleet:
-    """Eight processes of one rival."""
+    """Processes of one rival."""
 
     _units = 0  # that were read by any
 
@@ -165,6 +174,7 @@ class _Fleet:
         rival: Rival,
         *,
         relay: bool = False,
+        processes: int = PROCESSES,
     ) -> None:
         self._real, self._found, self._etcd, self._has_relay = real, found, etcd, relay
         self._redis = redis.Redis(port=real.redis)
@@ -174,23 +184,26 @@ class _Fleet:
             stack.enter_context(forked(1, lambda _pipe: _relay(found)))
             while not self._redis.exists("veltrix:{shop}:entries"):
                 time.sleep(0.05)
-        self._members = [_Member(stack, found, rival) for _ in range(PROCESSES)]
+        self._members = [_Member(stack, found, rival) for _ in range(processes)]
 
     def herd(self) -> Herd:
         """All readers want one unit that nobody has read."""
         [unit] = self._written(1)
-        reads, calls, units, _ = self._costs()
-        took_s = self._run([[f"{unit}/limit"] * READERS for _ in self._members])
+        before = self._costs()
+        took_s = self._run([[[f"{unit}/limit"]] * READERS for _ in self._members])
         after = self._costs()
-        return Herd(took_s, after[0] - reads, after[1] - calls - 1, after[2] - units)
+        time.sleep(0.3)  # the relay may be about to announce again what it found filled
+        units = self._costs().unit_reads - before.unit_reads
+        return Herd(took_s, after.reads - before.reads, after.calls - before.calls - 1, units)
 
     def distinct(self) -> tuple[int, int]:
-        """Each reader wants another one; the calls to etcd and to Redis."""
-        units = self._written(PROCESSES * READERS)
-        _, calls, _, requests = self._costs()
-        self._run([[f"{unit}/limit" for unit in units[at::PROCESSES]] for at in range(PROCESSES)])
+        """Each reader wants others, 2,000 in all; the calls to etcd and to Redis."""
+        units = [f"{unit}/limit" for unit in self._written(PROCESSES * READERS)]
+        wanted = [units[at :: len(self._members) * READERS] for at in range(len(self._members) * READERS)]
+        before = self._costs()
+        self._run([wanted[at :: len(self._members)] for at in range(len(self._members))])
         after = self._costs()
-        return after[3] - requests, after[1] - calls - 1
+        return after.requests - before.requests, after.trips - before.trips
 
     def _written(self, count: int) -> list[str]:
         units = [f"{_UNIT}-{_Fleet._units + number}" for number in range(count)]
@@ -205,7 +218,7 @@ class _Fleet:
                 member.wait_for(last)
         return units
 
-    def _run(self, wanted: Sequence[Sequence[str]]) -> list[float]:
+    def _run(self, wanted: Sequence[Sequence[Sequence[str]]]) -> list[float]:
         for member, keys in zip(self._members, wanted, strict=True):
             member.line_up(keys)
         for member in self._members:
@@ -215,18 +228,32 @@ class _Fleet:
             member.go()
         return [at_s - go_s for member in self._members for at_s in member.answers()]
 
-    def _costs(self) -> tuple[int, int, int, int]:
+    def _costs(self) -> _Costs:
         stats: Any = self._redis.info("everything")
-        ran = {name: stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("hgetall", "xadd")}
-        metrics = self._real.metrics()
+        ran = {name: stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in (*_TRIPS, "hgetall", "xadd")}
         requests = sum(
             value
-            for name, value in metrics.items()
+            for name, value in self._real.metrics().items()
             if name.startswith("grpc_server_started_total") and ('"Range"' in name or '"Txn"' in name)
         )
-        # The relay looks for a unit as often as it announces it.
-        unit_reads = ran["hgetall"] - ran["xadd"]
-        return self._etcd.marked, stats["total_reads_processed"], unit_reads, int(requests)
+        return _Costs(
+            self._etcd.marked,
+            stats["total_reads_processed"],
+            ran["hgetall"] - ran["xadd"],  # the relay looks for a unit as often as it announces it
+            int(requests),
+            sum(ran[name] for name in _TRIPS),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """What the servers have counted: `calls` and `trips` at Redis, `requests` at etcd, `reads` of units on the way."""
+
+    reads: int
+    calls: int
+    unit_reads: int
+    requests: int
+    trips: int
 
 
 class _Member:
@@ -241,8 +268,8 @@ class _Member:
         stack.callback(self._said.close)
         self.wait()
 
-    def line_up(self, keys: Sequence[str]) -> None:
-        self._order({"keys": keys})
+    def line_up(self, wanted: Sequence[Sequence[str]]) -> None:
+        self._order({"wanted": wanted})
 
     def wait_for(self, revision: int) -> None:
         self._order({"revision": revision})
@@ -280,37 +307,37 @@ def _serve(orders: int, pipe: int, found: Servers, rival: Rival) -> None:
                 read.__self__.wait_for(order["revision"], 60)  # type: ignore[attr-defined]
                 tell("ready")
                 continue
-            run = _lined_up(order["keys"], read, aread, loop)
+            run = _lined_up(order["wanted"], read, aread, loop)
             tell("ready")
             lines.readline()
             tell(run())
 
 
 def _lined_up(
-    keys: Sequence[str], read: Read, aread: Aread, loop: asyncio.AbstractEventLoop
+    wanted: Sequence[Sequence[str]], read: Read, aread: Aread, loop: asyncio.AbstractEventLoop
 ) -> Callable[[], list[float]]:
     done_s: list[float] = []
-    threads, tasks = keys[::2], keys[1::2]
+    threads, tasks = wanted[::2], wanted[1::2]
     at_line = threading.Barrier(len(threads) + 1)
     go, may_go = threading.Event(), asyncio.Event()
 
-    def reader(key: str) -> None:
+    def reader(keys: Sequence[str]) -> None:
         at_line.wait()
         go.wait()
-        value = read(key)
+        value = read(*keys)
         done_s.append(time.monotonic())
         assert value == VALUE
 
-    async def areader(key: str) -> None:
+    async def areader(keys: Sequence[str]) -> None:
         await may_go.wait()
-        value = await aread(key)
+        value = await aread(*keys)
         done_s.append(time.monotonic())
         assert value == VALUE
 
     async def all_of_them() -> None:
         await asyncio.gather(*map(areader, tasks))
 
-    started = [threading.Thread(target=reader, args=(key,)) for key in threads]
+    started = [threading.Thread(target=reader, args=(keys,)) for keys in threads]
     for thread in started:
         thread.start()
     reading = asyncio.run_coroutine_threadsafe(all_of_them(), loop)
@@ -322,7 +349,7 @@ def _lined_up(
         reading.result()
         for thread in started:
             thread.join()
-        assert len(done_s) == len(keys)
+        assert len(done_s) == len(wanted)
         return done_s
 
     return run
@@ -347,11 +374,16 @@ class _Ours:
             time.sleep(0.05)
         self.wait_for = self._client.wait_for
 
-    def read(self, key: str) -> Any:
-        return self._client.view().fetch(key)
+    def read(self, *keys: str) -> Any:
+        return self._only(self._client.view().fetch_many(keys))
 
-    async def aread(self, key: str) -> Any:
-        return await self._client.view().afetch(key)
+    async def aread(self, *keys: str) -> Any:
+        return self._only(await self._client.view().afetch_many(keys))
+
+    def _only(self, found: Mapping[str, Any]) -> Any:
+        """The value that they all have."""
+        [value] = set(found.values())
+        return value
 
 
 def _ours(found: Servers, _loop: asyncio.AbstractEventLoop) -> tuple[Read, Aread]:
