@@ -5,8 +5,8 @@
 # one a part.
 #
 # What takes minutes and does not depend on the interpreter is run on the main one alone, as a part of its own: the
-# faults on real servers, their simulation, the cluster's demo, and the contract of stores behind a mirror, of several
-# servers or over gRPC, whose parts each Python runs by themselves. The package etcd3 has an environment of its own, as it
+# faults on real servers, their simulation, the cluster's demo, the contract of stores behind a mirror, of several servers
+# or over gRPC, whose parts each Python runs by themselves, herds, leases, the doctor, and what permissions allow. The package etcd3 has an environment of its own, as it
 # gets on with no protobuf of the last years.
 #
 # Usage: scripts/suite.sh   (the environment .venv must be there)
@@ -16,6 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 once=(faults simulation cli/test_demo_cluster.py)
 once+=(stores/test_mirrored.py stores/test_redis_topologies.py)
 once+=(stores/test_etcd_over_grpc.py stores/test_etcd_handed_in.py)
+once+=(cli/test_doctor.py test_freshness_client.py test_herd.py test_lazy_mirror.py test_leases.py test_permissions.py)
 at_a_time=3
 logs=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$logs"' EXIT
