@@ -17,7 +17,7 @@ from tests.support.waiting import wait_until
 from veltrix_mw import MISSING, ConfigClient, Delete, Put, unit_reader
 from veltrix_mw.coalesce.unit_cache import UnitCache
 from veltrix_mw.lazy import LazyUnits
-from veltrix_mw.protocols import Filled, FoundUnits, MirrorState, Position
+from veltrix_mw.protocols import Filled, FoundUnits, MirrorState, Position, RawUnit
 from veltrix_mw.replica import Publication
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.stores.memory import MemoryStore
@@ -235,6 +235,39 @@ def test_a_relay_that_fills_others_is_waited_for_a_while_longer(monkeypatch: pyt
     reader._read(["tenants/a"])
     wait_until(lambda: reader.units_read["authority"] == 1, WITHIN_S, reason="the authority to be asked")
     reader.close(timeout_s=WITHIN_S)
+
+
+class HeldStore(MemoryStore):
+    """Answers for units once it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__(lazy=LAZY)
+        self.asked, self.let_go = threading.Event(), threading.Event()
+
+    def read_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> dict[str, RawUnit]:
+        self.asked.set()
+        assert self.let_go.wait(WITHIN_S)
+        return {name: RawUnit(()) for name in names}
+
+
+def test_what_the_authority_brings_when_nobody_waits_any_more_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unit_reader, "FILLED_WITHIN_S", 0.3)
+    now_s, store = [100.0], HeldStore()
+    units, position = LazyUnits(LAZY, Schemas({}), UnitCache()), Position("one", 1)
+    units.take(Publication(Snapshot(revision=1, incarnation="one", origin="redis"), None, (), position))
+    reader = UnitReader(store, units, mirrored=BusyMirror(), clock=lambda: now_s[0])
+    reader._read(["tenants/a"])
+    now_s[0] = 100.4
+    reader._read(["tenants/a"])
+    assert store.asked.wait(WITHIN_S)
+    now_s[0] = 200.0
+    reader._read(["tenants/b"])
+    assert reader._awaited.keys() == {"tenants/b"}
+    brought = reader._brought
+    store.let_go.set()
+    reader.close(timeout_s=WITHIN_S)  # it waits for that, and begins with others
+    assert units.held == 1, "what came late is held all the same"
+    assert brought == {}
 
 
 def test_a_worker_that_may_only_read_the_mirror_and_want(

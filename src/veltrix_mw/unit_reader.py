@@ -446,12 +446,13 @@ class UnitReader:
             self._direct.submit(name)
         except StoreError as exc:
             read[name] = exc
-        awaited.is_direct = True
+        else:
+            awaited.is_direct = True
 
     def _read_direct(self, names: Sequence[str]) -> dict[str, Any]:
         """Called in the thread of the second batcher."""
         read = self._read_newest(names)
-        self._brought |= read
+        self._brought.update({name: brought for name, brought in read.items() if name in self._awaited})
         self._batcher.wake(names)
         return read
 
@@ -474,6 +475,8 @@ class UnitReader:
             self._sweep_at_s = now_s + _SWEEP_S
             for name in [name for name, awaited in tuple(self._awaited.items()) if awaited.ends_s <= now_s]:
                 self._let_go(name)
+            for name in self._brought.keys() - self._awaited.keys():  # brought at the moment when it was let go of
+                self._brought.pop(name, None)
 
     # --- as of earlier
 
