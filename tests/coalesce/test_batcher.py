@@ -401,47 +401,30 @@ def _parked(batcher: Batcher[str, str], backend: Backend, *, until_s: float = 1e
     return flight
 
 
-def test_a_key_that_is_awaited_from_elsewhere_is_settled_by_who_brings_it() -> None:
+def test_a_key_that_is_woken_goes_with_the_next_batch_and_no_other_does() -> None:
     backend = Backend()
     with Batcher(backend) as batcher:
         flight = _parked(batcher, backend)
         assert batcher.submit("a") is flight
         assert batcher.load("b") == "B"
-        batcher.settle("a", "brought")
-        assert flight.result(WITHIN_S) == "brought"
-        failing = _parked(batcher, backend)
-        batcher.settle("a", StoreUnavailable("away"))
-        with pytest.raises(StoreUnavailable, match="away"):
-            failing.result(WITHIN_S)
-        batcher.settle("a", "nobody asks")
-        batcher.wake(["a"])
-    assert backend.batches == [["a"], ["b"], ["a"]]
-
-
-def test_a_key_that_is_woken_goes_with_the_next_batch_and_no_other_does() -> None:
-    backend = Backend()
-    with Batcher(backend) as batcher:
-        flight = _parked(batcher, backend)
         del backend.answers["a"]
         batcher.wake(["x", "a", "y"])
         assert flight.result(WITHIN_S) == "A"
-    assert backend.batches == [["a"], ["a"]]
+    assert backend.batches == [["a"], ["b"], ["a"]]
 
 
-@pytest.mark.parametrize("settled", [True, False])
-def test_what_comes_before_the_call_has_left_it_to_others_is_not_lost(settled: bool) -> None:
+def test_what_is_woken_before_the_call_has_left_it_to_others_is_not_lost() -> None:
     backend = Backend(held=True)
     backend.answers["a"] = Elsewhere(1e9)
     with Batcher(backend) as batcher:
         flight = batcher.submit("a")
         backend.wait_entered()
-        batcher.settle("a", "brought") if settled else batcher.wake(["a"])
+        batcher.wake(["a"])
         backend.let_go(1)
-        if not settled:
-            backend.wait_entered()
-            del backend.answers["a"]
-            backend.let_go(1)
-        assert flight.result(WITHIN_S) == ("brought" if settled else "A")
+        backend.wait_entered()
+        del backend.answers["a"]
+        backend.let_go(1)
+        assert flight.result(WITHIN_S) == "A"
 
 
 def test_what_nobody_brings_goes_with_a_batch_again_when_its_time_is_over() -> None:

@@ -33,9 +33,9 @@ _NOTHING: Final = object()
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """Answers for a key that somebody else is to bring, who says so by `settle` or `wake`.
+    """Answers for a key that somebody else is to bring: it goes with another batch once it is woken.
 
-    If nobody does until `until_s`, by the batcher's clock, the key goes with the next batch again.
+    If nobody does that until `until_s`, by the batcher's clock, it goes with the next one then.
     """
 
     until_s: float
@@ -76,7 +76,7 @@ class Batcher(Generic[K, V]):
         self._thread: threading.Thread | None = None  # the one that takes from the queue
         self._parked: dict[K, tuple[Flight[V], float]] = {}  # what is brought elsewhere, and until when that is awaited
         self._calling: set[K] = set()  # what the calls that are under way were given
-        self._met: dict[K, Any] = {}  # what of that was woken (`_NOTHING`) or settled meanwhile
+        self._woken: set[K] = set()  # what of that was woken meanwhile
         self._calling_since_s: float | None = None  # when the thread's call began
         self._hung = 0  # threads that another took the place of, and whose call has not returned
         self._closed = False
@@ -132,16 +132,7 @@ class Batcher(Generic[K, V]):
                     self._waiting.appendleft((key, parked[0]))
                     self._condition.notify()
                 elif key in self._calling:
-                    self._met.setdefault(key, _NOTHING)  # it came before it was known to be awaited
-
-    def settle(self, key: K, answer: V | Exception) -> None:
-        """Answer for a key that is awaited from elsewhere; no other is touched."""
-        with self._condition:
-            parked = self._parked.pop(key, None)
-            if parked is None and key in self._calling:
-                self._met[key] = answer
-        if parked is not None:
-            _answer(parked[0], answer)
+                    self._woken.add(key)  # it came before it was known to be awaited
 
     # --- the queue
 
@@ -229,34 +220,31 @@ class Batcher(Generic[K, V]):
             answers = [found.get(key, _NOTHING) for key, _ in batch]
         except BaseException as exc:  # noqa: BLE001  # whatever it is, it is told to who waits; the thread goes on
             answers = [exc] * len(batch)
-        _answer_all(batch, self._returned(batch, answers))
+        self._park(batch, answers)
+        _answer_all(batch, answers)
         del batch, answers  # an exception holds this frame by its traceback, and this frame who holds the exception
 
-    def _returned(self, batch: Sequence[tuple[K, Flight[V]]], answers: Sequence[Any]) -> Sequence[Any]:
-        """The call has ended: park what it left to others, unless they were done with it already."""
+    def _park(self, batch: Sequence[tuple[K, Flight[V]]], answers: Sequence[Any]) -> None:
+        """The call has ended: keep what it left to others, unless that was woken already."""
         with self._condition:
-            said = []
             for (key, flight), answer in zip(batch, answers, strict=True):
                 self._calling.discard(key)
-                met = self._met.pop(key, None)
+                is_woken = key in self._woken
+                self._woken.discard(key)
                 if not isinstance(answer, Elsewhere) or self._closed:
-                    pass
-                elif met is None:
-                    self._parked[key] = flight, answer.until_s
-                elif met is _NOTHING:
+                    continue
+                if is_woken:
                     self._waiting.appendleft((key, flight))
                 else:
-                    answer = met  # noqa: PLW2901
-                said.append(answer)
+                    self._parked[key] = flight, answer.until_s
             self._condition.notify_all()  # who waits may be another thread, and has to wait less long
-            return said
 
     def _after_fork(self) -> None:
         self._condition = threading.Condition()
         self._waiting = deque()
         self._parked = {}
         self._calling = set()
-        self._met = {}
+        self._woken = set()
         self._thread = None
         self._calling_since_s = None
         self._hung = 0
