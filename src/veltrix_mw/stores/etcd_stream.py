@@ -22,6 +22,7 @@ from typing import Final
 
 from veltrix_mw.errors import StoreUnavailable
 from veltrix_mw.forking import STORES, around_forks
+from veltrix_mw.stores.tls import send_all
 
 __all__ = ["Connection", "Lines", "LineStream", "NotHttp", "Response", "outside_forks"]
 
@@ -223,12 +224,7 @@ class Connection:
     def send(self, data: bytes, by_s: float) -> None:
         """Send all of it. Raises `OSError`, and then not all of it was sent."""
         self._sock.settimeout(max(0.001, by_s - time.monotonic()))
-        try:
-            self._sock.sendall(data)
-        except (ConnectionError, ssl.SSLEOFError):  # which of them: a matter of the moment
-            if isinstance(self._sock, ssl.SSLSocket):
-                self._sock.recv(1)  # the server may have said why it closed: that raises in place of this
-            raise
+        send_all(self._sock, data)
 
     def receive(self, by_s: float) -> bytes:
         """What comes next, empty at the end. Raises `TimeoutError` where nothing came by then; looks at least once."""

@@ -46,7 +46,7 @@ from veltrix_mw.stores.redis_layout import (
 from veltrix_mw.stores.redis_link import WAIT_TIMEOUT_S, Connection, RedisLink
 from veltrix_mw.stores.redis_reading import Page, Reader, RedisWatch, Torn, entries_of
 from veltrix_mw.stores.redis_routes import Route, Server
-from veltrix_mw.stores.units import MAX_UNIT_KEYS, bounded
+from veltrix_mw.stores.units import MAX_UNIT_KEYS, bounded, too_many_keys
 from veltrix_mw.values import MAX_VALUE_BYTES, MISSING, Missing
 
 __all__ = ["RedisStore"]
@@ -288,7 +288,7 @@ class RedisStore:
             part: dict[str, Sequence[bytes]] = {}
             for name, below in self._keys_below(connection, names, position).items():
                 if len(below) > MAX_UNIT_KEYS:
-                    read[name] = bounded(name, ((name, b"", 0) for _ in below))  # refused, by their number alone
+                    read[name] = too_many_keys(name)
                     continue
                 if sum(map(len, part.values())) + len(below) > _MAX_KEYS_AT_ONCE:
                     read |= self._read_part(connection, part, position)

@@ -35,7 +35,7 @@ from veltrix_mw.settings import Host, plain_scheme, shown
 from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
 from veltrix_mw.stores.redis_routes import Guided, Question, Route, Server
-from veltrix_mw.stores.tls import Tls, Verdict, verdict_of
+from veltrix_mw.stores.tls import Tls, Verdict, send_all, verdict_of
 
 __all__ = ["WAIT_TIMEOUT_S", "Command", "Connection", "RedisLink"]
 
@@ -75,12 +75,7 @@ class _Socket:
 
     def sendall(self, data: bytes) -> None:
         self._arm()
-        try:
-            self.raw.sendall(data)
-        except (ConnectionError, ssl.SSLEOFError):  # which of them: a matter of the moment
-            if isinstance(self.raw, ssl.SSLSocket):
-                self.raw.recv(1)  # the server may have said why it closed: that raises in place of this
-            raise
+        send_all(self.raw, data)
 
     def settimeout(self, timeout_s: float | None) -> None:
         """The driver's own timeouts are for one read each; the deadline stands."""

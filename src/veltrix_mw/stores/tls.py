@@ -1,10 +1,12 @@
 """TLS: whose certificate is believed, which one is shown, and what a handshake that failed means.
 
-Owns the files and the verdicts; opens no connection and knows no store, so the words are each store's own.
+Owns the files, the verdicts and what the other side said at the end; opens no connection and knows no store, so the
+words are each store's own.
 """
 
 from __future__ import annotations
 
+import socket
 import ssl
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -12,7 +14,7 @@ from typing import Final
 
 from veltrix_mw.protocols import CertificateFault
 
-__all__ = ["Tls", "UnusableFile", "Verdict", "reason_of", "verdict_of"]
+__all__ = ["Tls", "UnusableFile", "Verdict", "reason_of", "send_all", "verdict_of"]
 
 
 class UnusableFile(CertificateFault):
@@ -108,3 +110,13 @@ def verdict_of(error: ssl.SSLError) -> Verdict:
 def reason_of(error: OSError) -> str:
     """What the module ssl, else the system, calls it."""
     return getattr(error, "reason", None) or error.strerror or type(error).__name__
+
+
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """Send all of it, over TLS or plainly. Raises `OSError`; over TLS what the other side said as it closed."""
+    try:
+        sock.sendall(data)
+    except (ConnectionError, ssl.SSLEOFError):  # which of them: a matter of the moment
+        if isinstance(sock, ssl.SSLSocket):
+            sock.recv(1)  # what was said raises, in place of this
+        raise

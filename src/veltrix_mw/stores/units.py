@@ -10,7 +10,7 @@ from typing import Final
 
 from veltrix_mw.protocols import RawUnit
 
-__all__ = ["MAX_UNIT_BYTES", "MAX_UNIT_KEYS", "bounded"]
+__all__ = ["MAX_UNIT_BYTES", "MAX_UNIT_KEYS", "bounded", "too_many_keys"]
 
 MAX_UNIT_KEYS: Final = 10_000
 """A unit is read, decoded and held whole: that many keys take some 50 ms of a worker's one interpreter."""
@@ -27,10 +27,15 @@ def bounded(name: str, entries: Iterable[tuple[str, bytes, int]]) -> RawUnit:
         taken.append(entry)
         size += len(entry[1])
         if len(taken) > MAX_UNIT_KEYS:
-            return _refused(name, f"{MAX_UNIT_KEYS} keys")
+            return too_many_keys(name)
         if size > MAX_UNIT_BYTES:
             return _refused(name, f"{MAX_UNIT_BYTES // 1024**2} MiB of values")
     return RawUnit(tuple(taken))
+
+
+def too_many_keys(name: str) -> RawUnit:
+    """The refusal of a unit that has more than `MAX_UNIT_KEYS`."""
+    return _refused(name, f"{MAX_UNIT_KEYS} keys")
 
 
 def _refused(name: str, bound: str) -> RawUnit:
