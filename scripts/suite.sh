@@ -5,9 +5,9 @@
 # one a part.
 #
 # What takes minutes and does not depend on the interpreter is run on the main one alone, as a part of its own: the
-# faults on real servers, their simulation, the cluster's demo, the contract of stores behind a mirror, of several servers
-# or over gRPC, whose parts each Python runs by themselves, herds, leases, the doctor, and what permissions allow. The package etcd3 has an environment of its own, as it
-# gets on with no protobuf of the last years.
+# faults on real servers, their simulation, the cluster's demo, herds, leases, the doctor, what permissions allow, and the
+# contract of stores behind a mirror, of several servers or over gRPC, whose parts each Python runs by themselves. The
+# package etcd3 has an environment of its own, as it gets on with no protobuf of the last years.
 #
 # Usage: scripts/suite.sh   (the environment .venv must be there)
 set -euo pipefail

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
+from tests.support.child import Child
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient, unit_reader
 
 __all__ = ["Answers", "Worker"]
 
-ROOT: Final = Path(__file__).parents[1]
 WITHIN_S: Final = 60.0  # an end to waiting in vain
 ABSENT: Final = "absent"
 
@@ -38,42 +35,16 @@ class Answers:
     units_read: Counter[str]  # by the process's own figures, in this herd
 
 
-class Worker:
-    """Such a process; killed, at the latest, when the block ends."""
+class Worker(Child):
+    """Such a process."""
 
     def __init__(self, **options: Any) -> None:
         """The options are those of its client, beside `url`."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.herd_worker", json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)])},
-            text=True,
-        )
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self._in, self._out):
-            pipe.close()
-
-    @property
-    def _in(self) -> IO[str]:
-        assert self.process.stdin is not None
-        return self.process.stdin
-
-    @property
-    def _out(self) -> IO[str]:
-        assert self.process.stdout is not None
-        return self.process.stdout
+        super().__init__("tests.herd_worker", json.dumps(options))
 
     def until(self, word: str) -> None:
         """Wait until it says so."""
-        said = self._line()
+        said = self.line()
         assert said == word, said
 
     def line_up(self, wanted: Sequence[Sequence[str]], *, filled_within_s: float) -> None:
@@ -88,16 +59,10 @@ class Worker:
 
     def answers(self) -> Answers:
         """What came of it, once every reader has an answer."""
-        return Answers(**{name: Counter(counts) for name, counts in json.loads(self._line()).items()})
+        return Answers(**{name: Counter(counts) for name, counts in json.loads(self.line()).items()})
 
     def _tell(self, what: Any) -> None:
-        self._in.write(json.dumps(what) + "\n")
-        self._in.flush()
-
-    def _line(self) -> str:
-        text = self._out.readline().strip()
-        assert text, f"the worker ended with {self.process.wait()}"
-        return text
+        self.tell(json.dumps(what))
 
 
 # --- the process

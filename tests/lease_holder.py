@@ -9,61 +9,25 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Final
 
+from tests.support.child import Child
 from tests.support.stopping import stop
 from veltrix_mw.errors import LeaseLost
 from veltrix_mw.leases import Lease, open_lease
 
-ROOT: Final = Path(__file__).parents[1]
 
-
-class Holder:
-    """Such a process; killed, at the latest, when the block ends."""
+class Holder(Child):
+    """Such a process."""
 
     def __init__(self, url: str, name: str, *, ttl_s: float, times: int = 0, file: Path | None = None) -> None:
         more = [] if file is None else [str(times), str(file)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.lease_holder", url, name, str(ttl_s), *more],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)])},
-            text=True,
-        )
-
-    def __enter__(self) -> Holder:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self._in, self._out):
-            pipe.close()
-
-    @property
-    def _in(self) -> IO[str]:
-        assert self.process.stdin is not None
-        return self.process.stdin
-
-    @property
-    def _out(self) -> IO[str]:
-        assert self.process.stdout is not None
-        return self.process.stdout
-
-    def line(self) -> str:
-        """What it says next."""
-        text = self._out.readline().strip()
-        assert text, f"the holder ended with {self.process.wait()}"
-        return text
+        super().__init__("tests.lease_holder", url, name, str(ttl_s), *more)
 
     def ask(self) -> str:
         """The token that it holds now, or `lost`."""
-        self._in.write("\n")
-        self._in.flush()
+        self.tell("")
         return self.line()
 
     def stop(self) -> None:

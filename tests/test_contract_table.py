@@ -34,7 +34,7 @@ class SharedContract(ThingContract):
 
     def test_b(self, harness): pass
 
-    def test_d(self, harness): pytest.skip("it has no server")
+    def test_d(self, harness): pytest.skip("it has no server")  # for the table, which is to give the reason
 
 class TestOneThing(ThingContract):
     @pytest.fixture
