@@ -238,7 +238,7 @@ class EtcdStore:
         return Confirmation(incarnation, newest, found.count - lazy_count - ignored, cost_s=cost_s)
 
     def recognize(self, position: Position, *, timeout_s: float) -> None:
-        """By two keys, where `confirm` has etcd look through the namespace; not of a revision that other tools wrote."""
+        """By two keys, where `confirm` has etcd look through the namespace, as a revision of other tools needs, too."""
         self._verified(position, time.monotonic() + timeout_s, may_confirm=False)
 
     # --- written

@@ -57,27 +57,11 @@ class Dialer:
         try:
             return Connection(dial(name, port, by_s, finish=secured if context else None))
         except OSError as exc:
-            failed = self._not_spoken(exc, host) or self.failure(exc, host, by_s)
+            failed = self.failure(exc, host, by_s, greets=True)
             failed.may_have_run = False
             raise failed from exc
 
     # --- what went wrong
-
-    @staticmethod
-    def _not_spoken(cause: OSError, host: Host) -> Failed | None:
-        """Where a handshake failed for want of TLS on the other side: etcd ends it in words of HTTP, or in none."""
-        if not isinstance(cause, ssl.SSLError) or isinstance(cause, ssl.SSLCertVerificationError):
-            return None
-        if verdict_of(cause) in {Verdict.CERTIFICATE_WANTED, Verdict.CERTIFICATE_REFUSED} or "ALERT" in reason_of(
-            cause
-        ):
-            return None
-        return Failed(
-            f"etcd at {shown(host)} does not speak TLS ({reason_of(cause)}); write etcd:// instead of etcds://, or "
-            "start it with --cert-file and --key-file",
-            may_have_run=False,
-            in_vain=True,
-        )
 
     @staticmethod
     def _speaks_tls(host: Host, by_s: float) -> bool:
@@ -102,8 +86,11 @@ class Dialer:
         except OSError:
             return False
 
-    def failure(self, cause: Exception, host: Host, by_s: float) -> Failed:
-        """What a connection's error means; asked of the server, if need be, until `by_s`."""
+    def failure(self, cause: Exception, host: Host, by_s: float, *, greets: bool = False) -> Failed:
+        """What a connection's error means; asked of the server, if need be, until `by_s`.
+
+        `greets`: it came while the connection was made. There a server without TLS ends it, etcd without a word.
+        """
         where = shown(host)
         match cause:
             case ssl.SSLCertVerificationError():
@@ -118,6 +105,13 @@ class Dialer:
                 )
             case ssl.SSLError() if "ALERT" in reason_of(cause):
                 return Failed(f"etcd at {where} ended the TLS handshake ({reason_of(cause)}); its log says why")
+            case ssl.SSLError() if greets:
+                return Failed(
+                    f"etcd at {where} does not speak TLS ({reason_of(cause)}); write etcd:// instead of etcds://, or "
+                    "start it with --cert-file and --key-file",
+                    may_have_run=False,
+                    in_vain=True,
+                )
             case ssl.SSLError():
                 return Failed(f"etcd at {where} ended the TLS connection ({reason_of(cause)}); its log says why")
             case NotHttp(begin=begin) if begin[:1] == b"-" and self._speaks_redis(host, by_s):
