@@ -490,6 +490,14 @@ def test_a_field_that_is_not_ours_is_named_without_its_value(
     assert everything(server) == before
 
 
+def test_an_index_that_is_not_ours_is_named_and_nothing_is_written(server: RedisServer, open_store: OpenStore) -> None:
+    server.run("SET", "veltrix:{default}:keys", "s3cret")
+    before = everything(server)
+    with pytest.raises(StoreError, match=r"veltrix:\{default\}:keys, which is no sorted set, is none of ours"):
+        put(open_store(server), "a", b"1")
+    assert everything(server) == before
+
+
 def test_a_stream_entry_that_is_not_ours_ends_the_watch(server: RedisServer, open_store: OpenStore) -> None:
     store = open_store(server)
     put(store, "a", b"1")

@@ -311,6 +311,8 @@ class RedisStore:
                 return
             case b"kind":
                 raise self._rules.wrong_kind()
+            case b"index":
+                raise self._link.not_ours(f"{names.keys}, which is no sorted set,")
             case b"gone":
                 fault = self._rules.nothing(left=True)
                 assert fault is not None

@@ -343,7 +343,7 @@ if not meta[1] then
 elseif meta[1] ~= '1' then return {'foreign'}
 elseif meta[2] ~= 'authority' then return {'kind'} end
 local index = redis.call('TYPE', keys)['ok']
-if index ~= 'zset' and index ~= 'none' then return {'foreign'} end
+if index ~= 'zset' and index ~= 'none' then return {'index'} end
 local revision = string.format('%.0f', tonumber(meta[4]) + 1)
 local count = tonumber(meta[6])
 local said = {'prev', meta[4] .. ' ' .. meta[5], 'incarnation', meta[3], 'mark', ARGV[2], 'record', ARGV[3]}
