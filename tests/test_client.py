@@ -490,7 +490,7 @@ def test_status_tells_what_lazy_units_cost_and_what_is_held(
         assert pinned.fetch("tenants/beta/limit") == 6  # it has changed since: read from the history
         after = lazy.status().lazy
         assert after is not None
-        assert after.fetches == {"hit": 1, "miss": 2, "coalesced": 0, "error": 0}
+        assert after.fetches == {"hit": 1, "miss": 2, "absent": 0, "coalesced": 0, "error": 0}
         assert after.units_read == {"mirror": 0, "authority": 4, "wanted": 0}
         assert (after.filled, after.held) == (0, 3)
         assert 0 < after.bytes < after.max_bytes

@@ -603,7 +603,7 @@ def test_what_waits_is_told_and_what_is_held_is_only_counted(store: GatedStore, 
     write(client, **{LIMIT: 5})
 
     def told() -> list[tuple[Any, Any]]:
-        spans = [span for span in exporter.get_finished_spans() if span.name == "veltrix.fetch"]
+        spans = [span for span in exporter.get_finished_spans() if "veltrix.unit_count" in (span.attributes or {})]
         exporter.clear()
         return [(span.attributes["veltrix.result"], span.attributes["veltrix.unit_count"]) for span in spans]  # type: ignore[index]
 
@@ -626,10 +626,13 @@ def test_what_waits_is_told_and_what_is_held_is_only_counted(store: GatedStore, 
         eventually(lambda: any(flight._waiting for flight in reader._batcher._flights._flights.values()))  # the task's
         store.gate.set()
         assert (first.result(), second.result()) == (None, None)
-    assert sorted(told()) == [("coalesced", 1), ("miss", 1)]
+    fetches = [span for span in exporter.get_finished_spans() if "veltrix.unit_count" in (span.attributes or {})]
+    leader, follower = sorted(fetches, key=lambda span: len(span.links))
+    assert [link.context for link in follower.links] == [leader.context]
+    assert sorted(told()) == [("absent", 1), ("coalesced", 1)]
     lazy = client.status().lazy
     assert lazy is not None
-    assert lazy.fetches == client._stats.fetches == {"hit": 1, "miss": 2, "coalesced": 1, "error": 1}
+    assert lazy.fetches == client._stats.fetches == {"hit": 1, "miss": 1, "absent": 1, "coalesced": 1, "error": 1}
     assert lazy.units_read == {"mirror": 0, "authority": 4, "wanted": 0}
 
 

@@ -205,6 +205,7 @@ class BusyMirror:
     def __init__(self) -> None:
         self.on_filled: Filled | None = None
         self.looked: list[str] = []
+        self.mirror_origin = "redis"
 
     def find_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> FoundUnits:
         self.looked += names

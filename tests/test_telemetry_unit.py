@@ -21,15 +21,11 @@ import pytest
 from opentelemetry import baggage, trace
 from opentelemetry import context as otel_context
 from opentelemetry.metrics import MeterProvider as ApiMeterProvider
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace import TracerProvider as ApiTracerProvider
 
+from tests.support.sdk import Sdk
 from veltrix_mw import telemetry as module
 from veltrix_mw.errors import HeldBack, KeyMissing, NotReady, SettingsError, StoreUnavailable
 from veltrix_mw.telemetry import LEVELS, MAX_LINKS, FetchOutcome, Observed, Telemetry
@@ -45,6 +41,7 @@ INSTRUMENTS = {
     "veltrix.layers.dropped": "{layer}",
     "veltrix.fetches": "{fetch}",
     "veltrix.reconnects": "{reconnect}",
+    "veltrix.failovers": "{failover}",
     "veltrix.snapshot.age": "s",
     "veltrix.snapshot.revision": "{revision}",
     "veltrix.snapshot.entries": "{entry}",
@@ -63,53 +60,11 @@ REQUEST_ATTRIBUTES = {
 }
 
 
-class Sdk:
-    """An SDK of a test's own: its providers, and what was exported."""
-
-    def __init__(self, sampler: Sampler = ALWAYS_ON) -> None:
-        self.exporter = InMemorySpanExporter()
-        self.tracer_provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
-        self.tracer_provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-        self.reader = InMemoryMetricReader()
-        self.meter_provider = MeterProvider([self.reader], shutdown_on_exit=False)
-        self.app = self.tracer_provider.get_tracer("app")
-
-    def telemetry(self, level: str = "requests") -> Telemetry:
-        return Telemetry(level, tracer_provider=self.tracer_provider, meter_provider=self.meter_provider)
-
-    def spans(self, name: str | None = None) -> list[ReadableSpan]:
-        return [span for span in self.exporter.get_finished_spans() if name in {None, span.name}]
-
-    def span(self, name: str) -> ReadableSpan:
-        (span,) = self.spans(name)
-        return span
-
-    def metrics(self) -> dict[str, Any]:
-        data = self.reader.get_metrics_data()
-        return {
-            metric.name: metric
-            for resource in (data.resource_metrics if data else ())
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-        }
-
-    def points(self, name: str) -> dict[tuple[tuple[str, Any], ...], Any]:
-        """Attributes to value (of a histogram: count and sum)."""
-        metric = self.metrics().get(name)
-        return {
-            tuple(sorted(point.attributes.items())): (
-                (point.count, point.sum) if hasattr(point, "bucket_counts") else point.value
-            )
-            for point in (metric.data.data_points if metric else ())
-        }
-
-
 @pytest.fixture
 def sdk() -> Iterator[Sdk]:
     made = Sdk()
     yield made
-    made.tracer_provider.shutdown()
-    made.meter_provider.shutdown()
+    made.close()
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +85,7 @@ class Client:
     namespace: str = "shop"
     views: int = 0
     reconnects: int = 0
+    failovers: int = 0
     rejections: int = 0
     dropped_layers: int = 0
     fetches: dict[str, int] = field(default_factory=lambda: {"hit": 4, "miss": 1})
@@ -152,7 +108,7 @@ def use_everything(telemetry: Telemetry, span: trace.Span) -> None:
     telemetry.report_request(span, **REQUEST)
     with telemetry.lookup("a/b"):
         pass
-    with telemetry.fetch(FetchOutcome("miss"), 1):
+    with telemetry.fetch(FetchOutcome("miss"), {"veltrix.unit_count": 1}):
         pass
     with telemetry.refresh("list", "sqlite", links=[PARENT]) as refreshed:
         refreshed.revision = 1
@@ -328,22 +284,22 @@ def test_whatever_key_is_asked_for_the_span_can_carry_it(sdk: Sdk, asked: Any, s
 def test_a_fetch_is_a_child_of_the_current_span_and_says_how_it_came_by_its_units(sdk: Sdk) -> None:
     telemetry, outcome = sdk.telemetry(), FetchOutcome()
     with sdk.app.start_as_current_span("GET /") as outer:
-        with telemetry.fetch(outcome, 3):
-            outcome.result = "miss"
+        with telemetry.fetch(outcome, {"veltrix.unit_count": 3}):
+            outcome.result, outcome.origin = "miss", "etcd"
             assert trace.get_current_span() is outer
         failed = FetchOutcome("error", StoreUnavailable("the store is away"))
-        with telemetry.fetch(failed, 1):
+        with telemetry.fetch(failed, {"veltrix.unit_count": 1}):
             pass
     one, other = sdk.spans("veltrix.fetch")
     assert one.parent == outer.get_span_context()
-    assert one.attributes == {"veltrix.unit_count": 3, "veltrix.result": "miss"}
+    assert one.attributes == {"veltrix.unit_count": 3, "veltrix.result": "miss", "veltrix.origin": "etcd"}
     assert one.status.status_code is StatusCode.UNSET
     assert other.attributes == {
         "veltrix.unit_count": 1, "veltrix.result": "error", "error.type": "StoreUnavailable",
     }  # fmt: skip
     assert other.status.status_code is StatusCode.ERROR
     assert set(sdk.points("veltrix.fetch.duration")) == {
-        (("veltrix.result", "miss"),),
+        (("veltrix.origin", "etcd"), ("veltrix.result", "miss")),
         (("veltrix.result", "error"),),
     }
 
@@ -549,7 +505,7 @@ def test_a_cancelled_write_is_ended_and_no_error(sdk: Sdk) -> None:
 
 
 def test_a_clients_numbers_are_exported_with_its_namespace_alone(sdk: Sdk) -> None:
-    client = Client(views=10, reconnects=2, rejections=1, dropped_layers=3)
+    client = Client(views=10, reconnects=2, failovers=1, rejections=1, dropped_layers=3)
     sdk.telemetry().observe(client)
     at = of("shop")
     assert {name: sdk.points(name) for name in INSTRUMENTS if not name.endswith("duration")} == {
@@ -558,6 +514,7 @@ def test_a_clients_numbers_are_exported_with_its_namespace_alone(sdk: Sdk) -> No
         "veltrix.layers.dropped": {at: 3},
         "veltrix.fetches": {(*at, ("veltrix.result", "hit")): 4, (*at, ("veltrix.result", "miss")): 1},
         "veltrix.reconnects": {at: 2},
+        "veltrix.failovers": {at: 1},
         "veltrix.snapshot.age": {at: 1.5},
         "veltrix.snapshot.revision": {at: 41},
         "veltrix.snapshot.entries": {at: 7},
@@ -662,6 +619,7 @@ def test_every_instrument_has_its_unit_and_buckets(sdk: Sdk) -> None:
         "veltrix.layers.dropped",
         "veltrix.fetches",
         "veltrix.reconnects",
+        "veltrix.failovers",
     }
     assert all(metric.description for metric in metrics.values())
 
@@ -755,7 +713,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from veltrix_mw.telemetry import Observed, Telemetry
 
 class Client:
-    reconnects = rejections = dropped_layers = 0
+    reconnects = failovers = rejections = dropped_layers = 0
     def __init__(self, namespace, views):
         self.namespace, self.views = namespace, views
     def observe(self):
@@ -854,7 +812,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from veltrix_mw.telemetry import Observed, Telemetry
 
 class Client:
-    namespace, views, reconnects, rejections, dropped_layers = "shop", 0, 0, 0, 0
+    namespace, views, reconnects, failovers, rejections, dropped_layers = "shop", 0, 0, 0, 0, 0
     def observe(self):
         return Observed(1.0, 1, 1)
 

@@ -5,7 +5,7 @@
 const EVERY_MS = 500;
 const GONE_MS = 20000; // a process that did not answer for so long has ended, most likely
 const POINTS = 120;
-const RESULTS = ["hit", "coalesced", "miss", "error"];
+const RESULTS = ["hit", "coalesced", "miss", "absent", "error"];
 
 const processes = new Map(); // pid -> {now, rates, heardAt}
 const history = { requests: [], reads: [] };

@@ -36,6 +36,7 @@ from veltrix_mw.errors import (
 from veltrix_mw.freshness import Freshness, FreshnessRules
 from veltrix_mw.keys import check_namespace, check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
+from veltrix_mw.protocols import FailsOver
 from veltrix_mw.snapshot import Entry, Snapshot, Version
 from veltrix_mw.status import LazyStatus, Status
 from veltrix_mw.telemetry import Observed, Telemetry
@@ -224,6 +225,8 @@ class ConfigClient:
             self._authority,
             views.units,
             mirrored=self._store if isinstance(self._store, MirroredStore) else None,
+            origin=self._authority.info.origin,
+            prefixes=lazy,
             timeout_s=self.fetch_timeout_s,
             telemetry=self._telemetry,
         )
@@ -375,7 +378,7 @@ class ConfigClient:
 
         if not can_be_fed(self._mirror):
             return
-        relay = RelayThread(self._authority, self._mirror, instance=self.instance)
+        relay = RelayThread(self._authority, self._mirror, instance=self.instance, telemetry=self._telemetry)
         try:
             relay.start()
         except RuntimeError:
@@ -411,7 +414,9 @@ class ConfigClient:
         except StoreError:
             pass  # it is away, or was written already
         relay = ReportingRelay(report, lazy=self.lazy)
-        self._relay = RelayThread(self._authority, self._mirror, instance=self.instance, relay=relay)
+        self._relay = RelayThread(
+            self._authority, self._mirror, instance=self.instance, relay=relay, telemetry=self._telemetry
+        )
         self._relay.start()
 
     @property
@@ -583,17 +588,21 @@ class ConfigClient:
         """Wait until this process serves `revision` or a later one. Raises `RevisionTimeout` after `timeout_s`."""
         self._ensure_running()
         with self._waiters.waiting(revision) as waiting:
-            try:
-                waiting.result(timeout_s)
-            except FutureTimeout:
-                raise self._revision_timeout(revision, timeout_s) from None
+            if not waiting.done():
+                with self._telemetry.awaiting(revision):
+                    try:
+                        waiting.result(timeout_s)
+                    except FutureTimeout:
+                        raise self._revision_timeout(revision, timeout_s) from None
 
     async def await_for(self, revision: int, timeout_s: float = 5.0) -> None:
         """`wait_for` without blocking the event loop."""
         self._ensure_running()
         with self._waiters.waiting(revision) as waiting:
-            if not await awaited(waiting, timeout_s):
-                raise self._revision_timeout(revision, timeout_s)
+            if not waiting.done():
+                with self._telemetry.awaiting(revision):
+                    if not await awaited(waiting, timeout_s):
+                        raise self._revision_timeout(revision, timeout_s)
 
     def _revision_timeout(self, revision: int, timeout_s: float) -> RevisionTimeout:
         why = "the client is closed" if self._closed else self._trouble()
@@ -904,6 +913,11 @@ class _Stats:
     def reconnects(self) -> int:
         follower = self._client._follower
         return self.reconnects_before + (0 if follower is None else follower.replica.reconnects)
+
+    @property
+    def failovers(self) -> int:
+        store = self._client._store
+        return store.failovers if isinstance(store, FailsOver) else 0
 
     @property
     def filled(self) -> int:

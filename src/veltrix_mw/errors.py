@@ -156,5 +156,10 @@ class SettingsError(VeltrixError, ValueError):
 
 
 def public_class(error: BaseException) -> type[BaseException]:
-    """The class to tell an error by: of ours the public one, as stores have finer ones among themselves."""
-    return next((kind for kind in type(error).__mro__ if kind.__module__ == __name__), type(error))
+    """The class to tell an error by: of ours the public one, as stores have finer ones among themselves.
+
+    One that never leaves its store may say by `kind` what it leaves it as.
+    """
+    kind = getattr(error, "kind", None) if type(error).__module__.startswith("veltrix_mw.") else None
+    told = kind if isinstance(kind, type) and issubclass(kind, BaseException) else type(error)
+    return next((each for each in told.__mro__ if each.__module__ == __name__), told)

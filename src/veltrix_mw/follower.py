@@ -115,10 +115,11 @@ class Follower:
 
     def catch_up(self) -> None:
         """Take the first steps in the calling thread, to the first list or the first failure, and leave it there."""
-        self._prepare()
-        step = self._settle(self._first_event()).step
-        while not isinstance(step, (OpenWatch, Next, Sleep)):
-            step = self._advance(step).step
+        with self._telemetry.background():
+            self._prepare()
+            step = self._settle(self._first_event()).step
+            while not isinstance(step, (OpenWatch, Next, Sleep)):
+                step = self._advance(step).step
 
     def stop(self, timeout_s: float) -> None:
         """End the thread, waiting for at most `timeout_s`."""
@@ -131,6 +132,10 @@ class Follower:
             thread.join(timeout_s)
 
     def _run(self) -> None:
+        with self._telemetry.background():
+            self._follow()
+
+    def _follow(self) -> None:
         with self._acting:
             try:
                 self._prepare()

@@ -22,6 +22,7 @@ __all__ = [
     "CertificateFault",
     "ChangeRecord",
     "Confirmation",
+    "FailsOver",
     "Filled",
     "Followed",
     "FoundUnits",
@@ -506,6 +507,16 @@ class MirrorWriter(Protocol):
 
         Raises `Compacted` where the mirror does not stand at `position`.
         """
+        ...
+
+
+@runtime_checkable
+class FailsOver(Protocol):
+    """What calls one of several servers."""
+
+    @property
+    def failovers(self) -> int:
+        """Times so far that calls went to another server than before; a plain integer that only grows."""
         ...
 
 

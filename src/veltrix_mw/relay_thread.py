@@ -59,6 +59,7 @@ from veltrix_mw.replica import (
     Slept,
     Watching,
 )
+from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.unit_filler import UnitFiller, can_be_filled
 
 __all__ = ["FedMirror", "RelayThread", "can_be_fed"]
@@ -91,6 +92,7 @@ class RelayThread:
         *,
         instance: str,
         relay: Relay | None = None,
+        telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._authority = authority
@@ -98,13 +100,16 @@ class RelayThread:
         self._instance = instance
         self._lazy = authority.info.lazy
         self.relay = Relay(lazy=self._lazy) if relay is None else relay
+        self._telemetry = Telemetry("off") if telemetry is None else telemetry
         self._clock = clock
         self._stopping = threading.Event()
         # Held by whoever takes a step, except while something is waited for: a fork waits for it (see `follower`).
         self._acting = threading.RLock()
         self._thread: threading.Thread | None = None
         self._watch: Watch | None = None
-        self._filler = UnitFiller(authority, mirror) if self._lazy and can_be_filled(mirror) else None
+        self._filler = (
+            UnitFiller(authority, mirror, telemetry=self._telemetry) if self._lazy and can_be_filled(mirror) else None
+        )
         self.crashes = 0
 
     @property
@@ -145,6 +150,10 @@ class RelayThread:
         self._run()
 
     def _run(self) -> None:
+        with self._telemetry.background():
+            self._relay()
+
+    def _relay(self) -> None:
         event: RelayEvent = Rested(self._clock())
         while not self._stopping.is_set():
             try:
@@ -276,10 +285,11 @@ class RelayThread:
         done = threading.Event()
 
         def keep() -> None:
-            while not done.wait(KEEP_S):
-                # What is wrong with the lease, the step after the block hears.
-                with contextlib.suppress(VeltrixError):
-                    self._mirror.keep(lease, ttl_s=LEASE_S, timeout_s=CALL_TIMEOUT_S)
+            with self._telemetry.background():
+                while not done.wait(KEEP_S):
+                    # What is wrong with the lease, the step after the block hears.
+                    with contextlib.suppress(VeltrixError):
+                        self._mirror.keep(lease, ttl_s=LEASE_S, timeout_s=CALL_TIMEOUT_S)
 
         keeper = threading.Thread(target=contextvars.Context().run, args=(keep,), name="veltrix-lease", daemon=True)
         keeper.start()

@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
 from opentelemetry import context as otel_context
@@ -40,13 +40,14 @@ __all__ = [
     "Stats",
     "Telemetry",
     "WriteOutcome",
+    "store_call",
 ]
 
 LEVELS: Final = ("off", "requests", "lookups")
 """From nothing to everything: `requests` tells what config cost a request, `lookups` adds a span for each read."""
 
 MAX_LINKS: Final = 32
-"""The most links of one refresh: the newest changes of a burst. SDKs keep 128 by default."""
+"""The most links of one span: of a refresh the newest changes of a burst. SDKs keep 128 by default."""
 
 _SCOPE: Final = "veltrix_mw"
 _SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.33.0"
@@ -55,6 +56,13 @@ _MAX_SHOWN_KEY: Final = 512  # the longest valid key; a read may ask for any str
 _LOOKUP_BUCKETS_S: Final = (1e-6, 5e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
 _REFRESH_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 _PROPAGATION_BUCKETS_S: Final = (*_REFRESH_BUCKETS_S, 60.0)
+_CALL_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)  # the convention's for databases
+
+# In the OpenTelemetry context: who is to be told of the stores' calls, and whom a call is made for beside its parent.
+_TOLD: Final = otel_context.create_key("veltrix-telemetry")
+_LEADERS: Final = otel_context.create_key("veltrix-leaders")
+# What the instrumentations of drivers look for: they would tell of each call a second time, and of each watch.
+_SUPPRESSED: Final = "suppress_instrumentation"
 
 _T = TypeVar("_T")
 
@@ -94,6 +102,11 @@ class Stats(Protocol):
         ...
 
     @property
+    def failovers(self) -> int:
+        """Times so far that calls went to another server than before."""
+        ...
+
+    @property
     def rejections(self) -> int:
         """Changes held back so far."""
         ...
@@ -110,7 +123,7 @@ class Stats(Protocol):
 
     @property
     def fetches(self) -> Mapping[str, int]:
-        """Fetches of lazy units so far, by result: `hit`, `miss`, `coalesced`, `error`."""
+        """Fetches of lazy units so far, by result: `hit`, `miss`, `absent`, `coalesced`, `error`."""
         ...
 
     @property
@@ -134,11 +147,27 @@ class LookupOutcome:
 class FetchOutcome:
     """How a fetch of lazy units came by them: `hit` where all were held, `coalesced` where others had them read.
 
-    `error` is the first that a unit ended in; it makes the result one.
+    `absent` is a miss that brought no entry. `error` is the first that a unit ended in; it makes the result one.
+    `origin` is the tier that what it had read came from, `span` its own and `leaders` those of whom it waited for.
     """
 
-    result: Literal["hit", "miss", "coalesced", "error"] = "coalesced"
+    result: Literal["hit", "miss", "absent", "coalesced", "error"] = "coalesced"
     error: Exception | None = None
+    origin: str | None = None
+    span: Span = INVALID_SPAN
+    leaders: list[Span] = field(default_factory=list)
+
+    def follows(self, leader: object) -> None:
+        """It waits for what `leader`, another fetch, has read: said before its span begins, or while it waits."""
+        if (
+            isinstance(leader, FetchOutcome)
+            and leader is not self
+            and leader.span.get_span_context().is_valid
+            and leader.span not in self.leaders
+            and len(self.leaders) < MAX_LINKS
+        ):
+            self.leaders.append(leader.span)
+            self.span.add_link(leader.span.get_span_context())  # of no effect before it has begun
 
 
 @dataclass(slots=True)
@@ -263,25 +292,106 @@ class Telemetry:
             span.end()
 
     @contextmanager
-    def fetch(self, outcome: FetchOutcome, units: int) -> Iterator[None]:
+    def fetch(self, outcome: FetchOutcome, attributes: Mapping[str, str | int]) -> Iterator[None]:
         """Around a wait for lazy units: a `veltrix.fetch` span, child of the current one, and a record of its duration.
 
-        The span does not become the current one: a task that waits may be closed in another context.
+        The span links to those of the fetches that it waits for. It is in `outcome`, and does not become the current
+        one: a task that waits may be closed in another context.
         """
         if self.level == "off":
             yield
             return
-        span = self._spans().start_span("veltrix.fetch", attributes={"veltrix.unit_count": units})
+        # Those known now are given now: samplers see no later ones.
+        links = [trace.Link(leader.get_span_context()) for leader in outcome.leaders]
+        outcome.span = span = self._spans().start_span("veltrix.fetch", attributes=attributes, links=links)
         started_s = time.perf_counter()
         try:
             yield
+        except Exception as exc:
+            outcome.error, outcome.result = exc, "error"
+            raise
         finally:
             if outcome.error is not None:
                 _tell_error(span, outcome.error)
-            span.set_attribute("veltrix.result", outcome.result)
-            context = trace.set_span_in_context(span)
+            told: dict[str, str] = {"veltrix.result": outcome.result}
+            if outcome.origin is not None:
+                told["veltrix.origin"] = outcome.origin
+            span.set_attributes(told)
             took_s = time.perf_counter() - started_s
-            self._metrics().fetch_duration.record(took_s, {"veltrix.result": outcome.result}, context)
+            self._metrics().fetch_duration.record(took_s, told, trace.set_span_in_context(span))
+            span.end()
+
+    @contextmanager
+    def awaiting(self, revision: int) -> Iterator[None]:
+        """Around a wait until this process serves a revision: a `veltrix.fetch` span, and a record of its duration."""
+        with self.fetch(FetchOutcome("hit"), {"veltrix.revision": revision}):
+            yield
+
+    # Stores
+
+    @contextmanager
+    def background(self) -> Iterator[None]:
+        """Around what a thread of ours does: in an empty context, and silent but for what we tell ourselves."""
+        with _within(self._context()):
+            yield
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Around a call to a store that a caller waits for: the store's spans are children of the caller's."""
+        with _within(self._context(otel_context.get_current())):
+            yield
+
+    @contextmanager
+    def leading(self, leaders: Sequence[FetchOutcome]) -> Iterator[None]:
+        """Around a call to a store on behalf of several fetches: child of the first, linked to the others."""
+        context = self._context()
+        known = list(dict.fromkeys(each.span for each in leaders if each.span.get_span_context().is_valid))
+        if known:
+            links = [trace.Link(span.get_span_context()) for span in known[1 : MAX_LINKS + 1]]
+            context = otel_context.set_value(_LEADERS, links, trace.set_span_in_context(known[0], context))
+        with _within(context):
+            yield
+
+    def _context(self, around: otel_context.Context | None = None) -> otel_context.Context:
+        """The context with what `store_call` looks for, and without what drivers' instrumentations would tell."""
+        context = otel_context.Context() if around is None else around
+        if self.level == "off" and around is not None:
+            return context
+        return otel_context.set_value(_SUPPRESSED, True, otel_context.set_value(_TOLD, self, context))
+
+    @contextmanager
+    def _store_call(
+        self, system: str, operation: str, namespace: str, host: tuple[str, int], size: int
+    ) -> Iterator[None]:
+        common: dict[str, str | int] = {
+            "db.system.name": system,
+            "db.operation.name": operation,
+            "db.namespace": namespace,
+            "server.address": host[0],
+            "server.port": host[1],
+        }
+        span: Span = INVALID_SPAN
+        if get_current_span().is_recording():
+            # Without a span that waits for it, a call is what following consists of: some a second, for ever.
+            links = otel_context.get_value(_LEADERS)
+            span = self._spans().start_span(
+                f"{operation} {namespace}",
+                kind=trace.SpanKind.CLIENT,
+                attributes=common if size < 2 else {**common, "db.operation.batch.size": size},
+                links=links if isinstance(links, list) else None,
+            )
+        context = otel_context.get_current() if span is INVALID_SPAN else trace.set_span_in_context(span)
+        started_s = time.perf_counter()
+        error: dict[str, str | int] = {}
+        try:
+            yield
+        except Exception as exc:
+            _tell_error(span, exc)
+            error["error.type"] = public_class(exc).__name__
+            raise
+        finally:
+            took_s = time.perf_counter() - started_s
+            self._metrics().call_duration.record(took_s, {**common, **error}, context)
             span.end()
 
     # Following
@@ -291,8 +401,8 @@ class Telemetry:
         """Around a list, a relist or the application of a batch: a `veltrix.refresh` span, a new root.
 
         `kind` says which of them it is. `links` are the traceparents of the change records applied, oldest
-        first; the newest `MAX_LINKS` well-formed ones become span links. The body runs in an empty context
-        with this span. `veltrix.refresh.duration` has the refreshes that no exception ended.
+        first; the newest `MAX_LINKS` well-formed ones become span links. The body runs in an otherwise empty
+        context with this span. `veltrix.refresh.duration` has the refreshes that no exception ended.
         """
         outcome = RefreshOutcome()
         if self.level == "off":
@@ -300,7 +410,7 @@ class Telemetry:
             return
         attributes = {"veltrix.refresh.kind": kind, "veltrix.origin": origin}
         started_s = time.perf_counter()
-        with self._span("veltrix.refresh", otel_context.Context(), attributes, _links(links)) as span:
+        with self._span("veltrix.refresh", self._context(), attributes, _links(links)) as span:
             try:
                 yield outcome
             finally:
@@ -325,7 +435,7 @@ class Telemetry:
         if self.level == "off":
             yield outcome
             return
-        with self._span("veltrix.write", otel_context.get_current()) as span:
+        with self._span("veltrix.write", self._context(otel_context.get_current())) as span:
             try:
                 yield outcome
             finally:
@@ -403,6 +513,9 @@ class _Instruments:
             meter, "veltrix.lookup.duration", "What config cost a request: the sum of its reads", _LOOKUP_BUCKETS_S
         )
         self.fetch_duration = _histogram(meter, "veltrix.fetch.duration", "Waiting for lazy units", _LOOKUP_BUCKETS_S)
+        self.call_duration = _histogram(
+            meter, "db.client.operation.duration", "Duration of calls to the stores", _CALL_BUCKETS_S
+        )
         self.refresh_duration = _histogram(
             meter, "veltrix.refresh.duration", "Listing, or applying a batch of changes", _REFRESH_BUCKETS_S
         )
@@ -427,6 +540,7 @@ class _Instruments:
             "veltrix.fetches", [lambda _: self._results()], "{fetch}", "Fetches of lazy units, by result"
         )
         counter("veltrix.reconnects", "{reconnect}", "Watches opened again", lambda stats: stats.reconnects)
+        counter("veltrix.failovers", "{failover}", "Changes of the server called", lambda stats: stats.failovers)
         gauge("veltrix.snapshot.age", "s", "Time since the snapshot was last confirmed", lambda now: now.age_s)
         gauge("veltrix.snapshot.revision", "{revision}", "The snapshot's revision", lambda now: now.revision)
         gauge("veltrix.snapshot.entries", "{entry}", "Entries in the snapshot", lambda now: now.entries)
@@ -538,6 +652,31 @@ def _instruments_of(provider: MeterProvider | None) -> _Instruments:
         if is_global:
             _made_global = made
         return made
+
+
+@contextmanager
+def _within(context: otel_context.Context) -> Iterator[None]:
+    token = otel_context.attach(context)
+    try:
+        yield
+    finally:
+        otel_context.detach(token)
+
+
+@contextmanager
+def store_call(system: str, operation: str, namespace: str, host: tuple[str, int], *, size: int = 1) -> Iterator[None]:
+    """Around one call of a store to a server; `size` is the number of commands sent together.
+
+    Tells the `Telemetry` on whose behalf the call is made (`background`, `calling`, `leading`, `refresh`, `write`), if
+    there is one: a span of kind CLIENT where a span that records is current, and a record of
+    `db.client.operation.duration`. `operation` and `namespace` are names, never keys nor values.
+    """
+    told = otel_context.get_value(_TOLD)
+    if isinstance(told, Telemetry) and told.level != "off":
+        with told._store_call(system, operation, namespace, host, size):
+            yield
+    else:
+        yield
 
 
 def _shown(key: str) -> str:

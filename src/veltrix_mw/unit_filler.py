@@ -25,6 +25,7 @@ from veltrix_mw.keys import is_key, unit_of
 from veltrix_mw.last_changes import LastChanges
 from veltrix_mw.protocols import Batch, Lease, Mirror, MirroredUnit, Position, RawUnit, Store, UnitFeed
 from veltrix_mw.stores.units import bounded
+from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import Missing
 
 __all__ = ["UnitFiller", "can_be_filled"]
@@ -47,10 +48,11 @@ class UnitFiller:
     The relay tells it where the mirror stands; all its other calls come from the relay's thread, too.
     """
 
-    def __init__(self, authority: Store, mirror: UnitFeed) -> None:
+    def __init__(self, authority: Store, mirror: UnitFeed, *, telemetry: Telemetry | None = None) -> None:
         self._authority = authority
         self._mirror = mirror
         self._lazy = authority.info.lazy
+        self._telemetry = Telemetry("off") if telemetry is None else telemetry
         self._stopping = threading.Event()
         self._acting = threading.RLock()  # held while a fork has to wait
         # Protects what follows, and keeps the mirror from going on while units are written.
@@ -111,6 +113,10 @@ class UnitFiller:
     # --- its thread
 
     def _run(self) -> None:
+        with self._telemetry.background():
+            self._fill_wanted()
+
+    def _fill_wanted(self) -> None:
         while not self._stopping.is_set():
             with self._lock:
                 while self._lease is None and not self._stopping.is_set():

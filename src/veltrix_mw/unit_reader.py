@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
@@ -106,6 +106,8 @@ class Mirrored(Protocol):
 
     on_filled: Filled | None
 
+    @property
+    def mirror_origin(self) -> str: ...
     def find_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> FoundUnits | None: ...
     def want_units(self, names: Sequence[str], *, timeout_s: float) -> None: ...
 
@@ -133,6 +135,8 @@ class UnitReader:
         units: LazyUnits,
         *,
         mirrored: Mirrored | None = None,
+        origin: str = "",
+        prefixes: Sequence[str] = (),
         timeout_s: float = FETCH_TIMEOUT_S,
         rate: Rate | None = None,
         direct_rate: Rate | None = None,
@@ -140,11 +144,14 @@ class UnitReader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`timeout_s` is each call's, and that of who waits and says nothing else; the rates are of units, one of all
-        that are read, one of those that are read from the store although there is a mirror.
+        that are read, one of those that are read from the store although there is a mirror. `origin`, the store's, and
+        `prefixes`, the lazy ones, are for telemetry.
         """
         self._store = store
         self._units = units
         self._mirrored = mirrored
+        self._origin = origin
+        self._prefixes = prefixes
         self._timeout_s = timeout_s
         self._rate = Rate(MISSES_PER_S, MISSES_AT_ONCE, clock=clock) if rate is None else rate
         self._direct_rate = Rate(DIRECT_PER_S, DIRECT_AT_ONCE, clock=clock) if direct_rate is None else direct_rate
@@ -163,13 +170,14 @@ class UnitReader:
         # Figures for people: what two threads count at once may count as one.
         self.units_read = {"mirror": 0, "authority": 0, "wanted": 0}  # by where, and those that were asked for
         # By result.
-        self.fetches = {"hit": 0, "miss": 0, "coalesced": 0, "error": 0}
+        self.fetches = {"hit": 0, "miss": 0, "absent": 0, "coalesced": 0, "error": 0}
 
     def _new_batchers(self) -> tuple[Batcher[_Wanted, Any], Batcher[str, Any]]:
+        around = self._telemetry.leading
         # Two: what is in the mirror need not wait behind an authority that hangs.
         return (
-            Batcher(self._read, max_items=BATCH, timeout_s=self._timeout_s, clock=self._clock),
-            Batcher(self._read_direct, max_items=BATCH, timeout_s=self._timeout_s, clock=self._clock),
+            Batcher(self._read, max_items=BATCH, timeout_s=self._timeout_s, around=around, clock=self._clock),
+            Batcher(self._read_direct, max_items=BATCH, timeout_s=self._timeout_s, around=around, clock=self._clock),
         )
 
     def close(self, *, timeout_s: float) -> None:
@@ -193,29 +201,33 @@ class UnitReader:
 
     def load(self, names: Sequence[str], pinned: Snapshot, timeout_s: float | None = None) -> _Loaded:
         """Each of the units as a view of that snapshot reads it, or why it cannot be had."""
-        until_s, outcome = self._until(timeout_s), FetchOutcome()
-        loading = self._loading(names, pinned, until_s, outcome)
-        try:
-            flight = next(loading)
-            with self._telemetry.fetch(outcome, len(names)):
-                while True:
-                    flight = loading.send(flight.wait_until(until_s))
-        except StopIteration as done:
-            loaded: _Loaded = done.value
-            return loaded
+        loaded, missing = self._held(names, pinned)
+        if missing:
+            until_s, outcome = self._until(timeout_s), self._outcome(missing)
+            with self._telemetry.fetch(outcome, self._attributes(missing)):
+                loading = self._loading(missing, pinned, until_s, outcome)
+                try:
+                    flight = next(loading)
+                    while True:
+                        flight = loading.send(flight.wait_until(until_s))
+                except StopIteration as done:
+                    loaded.update(done.value)
+        return loaded
 
     async def aload(self, names: Sequence[str], pinned: Snapshot, timeout_s: float | None = None) -> _Loaded:
         """`load` without blocking the event loop: asyncio's or trio's."""
-        until_s, outcome = self._until(timeout_s), FetchOutcome()
-        loading = self._loading(names, pinned, until_s, outcome)
-        try:
-            flight = next(loading)
-            with self._telemetry.fetch(outcome, len(names)):
-                while True:
-                    flight = loading.send(await flight.await_until(until_s))
-        except StopIteration as done:
-            loaded: _Loaded = done.value
-            return loaded
+        loaded, missing = self._held(names, pinned)
+        if missing:
+            until_s, outcome = self._until(timeout_s), self._outcome(missing)
+            with self._telemetry.fetch(outcome, self._attributes(missing)):
+                loading = self._loading(missing, pinned, until_s, outcome)
+                try:
+                    flight = next(loading)
+                    while True:
+                        flight = loading.send(await flight.await_until(until_s))
+                except StopIteration as done:
+                    loaded.update(done.value)
+        return loaded
 
     def after_fork(self) -> None:
         """Make what is ours anew in a forked child; flights and batches do so by themselves."""
@@ -231,29 +243,46 @@ class UnitReader:
     def _until(self, timeout_s: float | None) -> float:
         return self._clock() + (self._timeout_s if timeout_s is None else timeout_s)
 
-    def _loading(self, names: Sequence[str], pinned: Snapshot, until_s: float, outcome: FetchOutcome) -> _Loading:
-        """Yields each flight that is to be waited for; is told whether it landed in time."""
-        loaded = yield from self._reading(names, pinned, until_s, outcome)
-        outcome.error = next((each for each in loaded.values() if isinstance(each, Exception)), None)
-        if outcome.error is not None:
-            outcome.result = "error"
-        self.fetches[outcome.result] += 1
-        return loaded
-
-    def _reading(self, names: Sequence[str], pinned: Snapshot, until_s: float, outcome: FetchOutcome) -> _Loading:
+    def _held(self, names: Sequence[str], pinned: Snapshot) -> tuple[_Loaded, list[str]]:
+        """Those that need not be waited for, and the names of the others."""
         loaded: _Loaded = {}
-        if not pinned._revision:
-            outcome.result = "hit"
-            return loaded | dict.fromkeys(names, Snapshot())  # nothing was written yet, and the history has no label
         missing: list[str] = []
         for name in names:
-            held = self._units.get(name, pinned)
+            # Where nothing was written yet the history has no label.
+            held = self._units.get(name, pinned) if pinned._revision else Snapshot()
             if held is None:
                 missing.append(name)
             else:
                 loaded[name] = held
         if not missing:
-            outcome.result = "hit"
+            self.fetches["hit"] += 1
+        return loaded, missing
+
+    def _outcome(self, missing: Sequence[str]) -> FetchOutcome:
+        outcome = FetchOutcome()
+        for name in missing:
+            outcome.follows(self._batcher.leader_of(name))
+        return outcome
+
+    def _attributes(self, missing: Sequence[str]) -> dict[str, str | int]:
+        """What a span may tell: of names only the prefix that was configured."""
+        attributes: dict[str, str | int] = {"veltrix.unit_count": len(missing)}
+        prefix = next((prefix for prefix in self._prefixes if missing[0].startswith(prefix)), None)
+        return attributes if prefix is None else {**attributes, "veltrix.prefix": prefix}
+
+    def _loading(self, missing: Sequence[str], pinned: Snapshot, until_s: float, outcome: FetchOutcome) -> _Loading:
+        """Yields each flight that is to be waited for; is told whether it landed in time."""
+        loaded = yield from self._reading(missing, pinned, until_s, outcome)
+        outcome.error = next((each for each in loaded.values() if isinstance(each, Exception)), None)
+        if outcome.error is not None:
+            outcome.result = "error"
+        elif outcome.result == "miss" and not any(len(each) for each in loaded.values() if isinstance(each, Snapshot)):
+            outcome.result = "absent"
+        self.fetches[outcome.result] += 1
+        return loaded
+
+    def _reading(self, missing: Sequence[str], pinned: Snapshot, until_s: float, outcome: FetchOutcome) -> _Loading:
+        loaded: _Loaded = {}
         changed: list[_Past] = []
         brought = yield from self._flying(missing, until_s, outcome)
         for name in missing:
@@ -279,7 +308,7 @@ class UnitReader:
         flights: dict[W, Flight[Any]] = {}
         for each in wanted:
             try:
-                flights[each] = self._batcher.submit(each)
+                flights[each] = self._submitted(each, outcome)
                 if flights[each].began_s >= asked_s:
                     outcome.result = "miss"
             except Exception as exc:  # noqa: BLE001  # whatever it is, it is of this unit alone
@@ -290,12 +319,25 @@ class UnitReader:
                 current = flight
                 while not landed and self._clock() < until_s:
                     # It was under way before we asked, perhaps, and hangs; we have more time than is left to it.
-                    current = self._batcher.submit(each)
+                    current = self._submitted(each, outcome)
                     landed = yield current
                 brought[each] = current.outcome() if landed else current.too_late(until_s)
+                if isinstance(current.leader, FetchOutcome) and current.leader.origin is not None:
+                    outcome.origin = current.leader.origin
             except Exception as exc:  # noqa: BLE001
                 brought[each] = exc
         return brought
+
+    def _submitted(self, wanted: _Wanted, outcome: FetchOutcome) -> Flight[Any]:
+        flight = self._batcher.submit(wanted, leader=outcome)
+        outcome.follows(flight.leader)
+        return flight
+
+    def _came_from(self, origin: str, wanted: Iterable[_Wanted]) -> None:
+        for each in wanted:
+            leader = self._batcher.leader_of(each)
+            if isinstance(leader, FetchOutcome):
+                leader.origin = origin
 
     # --- the batch
 
@@ -337,6 +379,7 @@ class UnitReader:
             self.units_read["authority"] += len(names)
             try:
                 found = self._store.read_units(names, reading.position, timeout_s=self._timeout_s)
+                self._came_from(self._origin, names)
                 landed = self._units.land(reading, found)
                 return {name: landed.get(name) or InvalidValue(raw.refused) for name, raw in found.items()}
             finally:
@@ -406,6 +449,8 @@ class UnitReader:
 
     def _land(self, reading: Reading, units: Mapping[str, MirroredUnit], read: dict[str, Any]) -> None:
         landed = self._units.land_mirrored(reading, units)
+        if self._mirrored is not None:
+            self._came_from(self._mirrored.mirror_origin, units)
         for name, mirrored in units.items():
             read[name] = landed.get(name) or InvalidValue(mirrored.unit.refused)
 
@@ -443,7 +488,7 @@ class UnitReader:
             read[name] = _too_many()
             return
         try:
-            self._direct.submit(name)
+            self._direct.submit(name, leader=self._batcher.leader_of(name))
         except StoreError as exc:
             read[name] = exc
         else:
@@ -488,6 +533,7 @@ class UnitReader:
                 raise Compacted("the store's history was replaced")
             self.units_read["authority"] += len(names)
             found = self._store.read_units(names, position, timeout_s=self._timeout_s)
+            self._came_from(self._origin, pasts.values())
             return {
                 pasts[name]: InvalidValue(raw.refused) if raw.refused else self._units.past(raw, incarnation, revision)
                 for name, raw in found.items()

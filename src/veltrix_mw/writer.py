@@ -66,14 +66,16 @@ class Writer:
             raise TypeError(f"read takes a sequence of keys; write read([{keys!r}])")
         if revision is not None:
             _check_revision(revision)
-        found = self._store.read([check_key(key) for key in keys], revision, timeout_s=_TIMEOUT_S)
+        with self._telemetry.calling():
+            found = self._store.read([check_key(key) for key in keys], revision, timeout_s=_TIMEOUT_S)
         return {key: Entry(_decoded(key, raw), mod_revision) for key, (raw, mod_revision) in found.items()}
 
     def history(self, key: str, *, limit: int = 100) -> tuple[Version, ...]:
         """The kept versions of `key`, newest first, at most `limit` (1 or more)."""
         if limit < 1:
             raise ValueError(f"history takes a limit of 1 or more, not {limit}")  # stores read 0 and -1 differently
-        kept = self._store.history(check_key(key), limit=limit, timeout_s=_TIMEOUT_S)
+        with self._telemetry.calling():
+            kept = self._store.history(check_key(key), limit=limit, timeout_s=_TIMEOUT_S)
         return tuple(_version(item.key, item.value, item.revision, item.record) for item in kept)
 
     def rollback(self, revision: int, *, author: str = "", reason: str = "") -> int:
@@ -85,8 +87,9 @@ class Writer:
         written then is not JSON, or breaks a schema of today: every worker would hold the new revision back.
         """
         _check_revision(revision)
-        then = self._store.list_at(revision, timeout_s=_TIMEOUT_S)
-        now = self._store.list(timeout_s=_TIMEOUT_S)
+        with self._telemetry.calling():
+            then = self._store.list_at(revision, timeout_s=_TIMEOUT_S)
+            now = self._store.list(timeout_s=_TIMEOUT_S)
         operations = _difference(then, now)
         if not operations:
             return now.position.revision

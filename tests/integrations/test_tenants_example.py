@@ -94,7 +94,7 @@ def test_names_that_are_none_are_refused_and_those_of_nobody_are_absent(shop: Se
     assert [status_of(shop, "/shop/eu/nobody") for _ in range(2)] == [404, 404]
     told = figures(shop)
     assert told["requests"] == 2
-    assert told["lazy"]["fetches"] == {"hit": 1, "miss": 1, "coalesced": 0, "error": 0}, "held as absent"
+    assert told["lazy"]["fetches"] == {"hit": 1, "miss": 0, "absent": 1, "coalesced": 0, "error": 0}, "held as absent"
 
 
 def test_the_figures_add_up(shop: Served) -> None:
@@ -188,7 +188,7 @@ def test_visitors_of_a_cold_tenant_share_one_read_and_held_ones_need_no_store() 
 
             before, after = wait_until(visited, WITHIN_S, reason="all six were answered")
             grown = {result: count - before["fetches"][result] for result, count in after["fetches"].items()}
-            assert grown == {"hit": 1, "miss": 1, "coalesced": 5, "error": 0}
+            assert grown == {"hit": 1, "miss": 1, "absent": 0, "coalesced": 5, "error": 0}
             assert after["units_read"]["authority"] - before["units_read"]["authority"] == 1
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -29,6 +30,12 @@ MAX_HUNG: Final = 4  # threads whose call hangs and that others took the place o
 CLOSE_S: Final = 2.0  # a process that ends is not held up for longer
 
 _NOTHING: Final = object()
+
+Around = Callable[[Sequence[Any]], AbstractContextManager[None]]
+
+
+def _alone(_: Sequence[Any]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +64,20 @@ class Batcher(Generic[K, V]):
         max_items: int = MAX_ITEMS,
         max_waiting: int = MAX_WAITING,
         timeout_s: float = TIMEOUT_S,
+        around: Around = _alone,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`load_many` is given up to `max_items` distinct keys and answers for each: its value, or an exception, which
         is its own callers' alone. What it raises is all callers' of that batch. It runs in the batcher's thread, in an
-        empty context, and should end by itself within `timeout_s`, which each key has from when it is asked for.
+        empty context, and should end by itself within `timeout_s`, which each key has from when it is asked for. It is
+        called within `around(leaders)`, of those who asked for the keys and named themselves to `submit`.
 
         Nothing is started before the first key.
         """
         self._load_many = load_many
         self._max_items = max_items
         self._max_waiting = max_waiting
+        self._around = around
         self._timeout_s = timeout_s
         self._clock = clock
         self._flights = SingleFlight(timeout_s=timeout_s, clock=clock)
@@ -100,13 +110,19 @@ class Batcher(Generic[K, V]):
         """As `load`, for a task of asyncio's or trio's."""
         return await self._flights.afly(key, lambda flight: self._enqueue(key, flight), timeout_s=timeout_s)
 
-    def submit(self, key: K) -> Flight[V]:
+    def submit(self, key: K, *, leader: object = None) -> Flight[V]:
         """Ask for `key` without waiting: `result()` or `await aresult()` of what is returned do.
+
+        `leader` is whatever names who asks; who asks for the key meanwhile finds it as the flight's `leader`.
 
         Submit several keys before waiting for the first, and they go together. Raises `Overloaded`, or
         `StoreUnavailable` when the batcher is closed.
         """
-        return self._flights.join(key, lambda flight: self._enqueue(key, flight))
+        return self._flights.join(key, lambda flight: self._enqueue(key, flight), leader=leader)
+
+    def leader_of(self, key: K) -> object:
+        """Who asked for `key`, as they named themselves to `submit`, while it is under way; None otherwise."""
+        return self._flights.leader_of(key)
 
     def close(self, *, timeout_s: float = CLOSE_S) -> None:
         """End the thread; whoever still waits after `timeout_s` fails with `StoreUnavailable`. Final, and idempotent.
@@ -216,7 +232,10 @@ class Batcher(Generic[K, V]):
 
     def _load(self, batch: Sequence[tuple[K, Flight[V]]]) -> None:
         try:
-            found = self._load_many([key for key, _ in batch])
+            leaders = [flight.leader for _, flight in batch if flight.leader is not None]
+            with self._around(leaders):
+                found = self._load_many([key for key, _ in batch])
+            del leaders
             answers = [found.get(key, _NOTHING) for key, _ in batch]
         except BaseException as exc:  # noqa: BLE001  # whatever it is, it is told to who waits; the thread goes on
             answers = [exc] * len(batch)

@@ -33,17 +33,33 @@ class Flight(Generic[T]):
     never a poll. At its deadline waiting for it ends; it may land later, for nobody.
     """
 
-    __slots__ = ("_clock", "_error", "_landed", "_lock", "_on_landing", "_result", "_waiting", "began_s", "deadline_s")
+    __slots__ = (
+        "_clock",
+        "_error",
+        "_landed",
+        "_lock",
+        "_on_landing",
+        "_result",
+        "_waiting",
+        "began_s",
+        "deadline_s",
+        "leader",
+    )
 
     def __init__(
         self,
         *,
         timeout_s: float = math.inf,
         on_landing: Callable[[Flight[T]], None] | None = None,
+        leader: object = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_landing` is called each time that it is told to land, before anybody who waits hears of it."""
+        """`on_landing` is called each time that it is told to land, before anybody who waits hears of it.
+
+        `leader` is whatever names who asked first, for those who ask later; nothing here looks into it.
+        """
         self._clock = clock
+        self.leader = leader
         self.began_s: float = clock()
         self.deadline_s: float = self.began_s + timeout_s
         self._on_landing = on_landing

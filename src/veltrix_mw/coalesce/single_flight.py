@@ -97,8 +97,8 @@ class SingleFlight:
                 return flight.outcome()
             self._check_again(flight, asked_s, until_s)
 
-    def join(self, key: Hashable, launch: Launch[T]) -> Flight[T]:
-        """The flight of `key` that is in the air, or else a new one, which `launch` sends off.
+    def join(self, key: Hashable, launch: Launch[T], *, leader: object = None) -> Flight[T]:
+        """The flight of `key` that is in the air, or else a new one, which `launch` sends off and `leader` leads.
 
         Raises what `launch` raises; whoever joined meanwhile gets that too.
         """
@@ -107,7 +107,7 @@ class SingleFlight:
             if found is not None and self._clock() < found.deadline_s:
                 return found
             flight: Flight[T] = Flight(
-                timeout_s=self._timeout_s, on_landing=partial(self._forget, key), clock=self._clock
+                timeout_s=self._timeout_s, on_landing=partial(self._forget, key), leader=leader, clock=self._clock
             )
             self._flights[key] = flight
         try:
@@ -118,6 +118,11 @@ class SingleFlight:
         # Anything else ends this caller (a greenlet that is killed as its thread starts), not the flight that it sent
         # off; one that it did not get to send off is late at its deadline, and who joined it joins another.
         return flight
+
+    def leader_of(self, key: Hashable) -> object:
+        """Who leads the flight of `key` that is in the air; None where there is none, or nobody was named."""
+        found = self._flights.get(key)
+        return None if found is None else found.leader
 
     def abandon(self, error: BaseException) -> None:
         """Let every flight that is in the air fail with `error`, whatever its call brings later."""

@@ -150,6 +150,7 @@ class EtcdStore:
             user=user,
             password=password,
             timeout_s=timeout_s,
+            namespace=namespace,
             remedy=_remedy(self._space, namespace),
             **({} if login is None else {"login": login}),
         )
@@ -169,6 +170,10 @@ class EtcdStore:
     @property
     def info(self) -> StoreInfo:
         return self._info
+
+    @property
+    def failovers(self) -> int:
+        return self._members.failovers
 
     @property
     def ignored(self) -> Ignored:

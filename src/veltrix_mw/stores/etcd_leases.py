@@ -64,6 +64,7 @@ class EtcdLeases:
             user=user,
             password=password,
             timeout_s=timeout_s,
+            namespace=namespace,
             remedy=_remedy(namespace),
             **({} if login is None else {"login": login}),
         )

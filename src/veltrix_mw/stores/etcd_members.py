@@ -32,6 +32,7 @@ from veltrix_mw.stores.etcd_messages import (
     Watched,
 )
 from veltrix_mw.stores.etcd_stream import outside_forks
+from veltrix_mw.telemetry import store_call
 
 __all__ = [
     "ATTEMPT_S",
@@ -197,6 +198,8 @@ class _Here:
         self.order = sorted(hosts, key=lambda host: hashlib.blake2b(f"{host}{self.pid}".encode()).digest())
         self.used = self.order[0]
         self.return_at_s = 0.0
+        self.failovers = 0  # times that another member served than the one before
+        self._last: Host | None = None
         self.failed_at_s: dict[Host, float] = {}
         self.token = ""
         self.is_open = False  # etcd asks nobody who it is: it has no authentication enabled
@@ -213,6 +216,9 @@ class _Here:
 
     def served(self, host: Host, now_s: float) -> None:
         with self.lock:
+            if self._last not in (None, host):
+                self.failovers += 1
+            self._last = host
             if self.used != host:
                 self.used = host
                 self.return_at_s = now_s + _PREFERRED_AFTER_S * _random.uniform(1, 2)
@@ -324,18 +330,21 @@ class Members:
         user: str | None = None,
         password: str | None = None,
         timeout_s: float = 2.0,
+        namespace: str = "",
         remedy: str = "grant it",
         login: str = "give user and password: etcd://USER:PASSWORD@...",
     ) -> None:
         """`timeout_s` is how long members are tried in turn while none answers, also where a call has longer.
 
-        `remedy` says what to do where a permission is missing, `login` where a user is.
+        `namespace` is what calls are told under. `remedy` says what to do where a permission is missing, `login` where
+        a user is.
         """
         self._hosts = tuple(dict.fromkeys((host, port) for host, port in hosts))
         self._transport = transport
         self._user = user
         self._password = password
         self._timeout_s = timeout_s
+        self._namespace = namespace
         self._remedy = remedy
         self._login = login
         self._process = _Here(self._hosts)
@@ -347,6 +356,11 @@ class Members:
     def served_in_s(self) -> float | None:
         """How long the member took that served this thread's last call; those tried in vain before it do not count."""
         return getattr(self._served, "in_s", None)
+
+    @property
+    def failovers(self) -> int:
+        """Times so far that another member served than the one before."""
+        return self._here().failovers
 
     @property
     def is_open(self) -> bool:
@@ -363,15 +377,16 @@ class Members:
         def attempt(here: _Here, host: Host, begun_by_s: float) -> A:
             by_s = max(begun_by_s, deadline_s)
             begun_s = time.monotonic()
-            answer = self._transport.call(
-                host,
-                method,
-                request,
-                token=here.token,
-                begun_by_s=by_s if once else begun_by_s,
-                by_s=by_s,
-                once=once,
-            )
+            with store_call("etcd", method.operation, self._namespace, host):
+                answer = self._transport.call(
+                    host,
+                    method,
+                    request,
+                    token=here.token,
+                    begun_by_s=by_s if once else begun_by_s,
+                    by_s=by_s,
+                    once=once,
+                )
             self._served.in_s = time.monotonic() - begun_s
             return answer
 

@@ -271,6 +271,11 @@ class Method(Generic[A]):
     answer: type[A]
     is_stream: bool = False
 
+    @property
+    def operation(self) -> str:
+        """What it is called where calls are counted: `Range`, `Txn`."""
+        return self.name.rpartition("/")[2]
+
 
 RANGE: Final = Method("/v3/kv/range", "/etcdserverpb.KV/Range", Ranged)
 TRANSACT: Final = Method("/v3/kv/txn", "/etcdserverpb.KV/Txn", Transacted)

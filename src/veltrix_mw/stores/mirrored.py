@@ -23,6 +23,7 @@ from veltrix_mw.protocols import (
     Batch,
     ChangeRecord,
     Confirmation,
+    FailsOver,
     Filled,
     FoundUnits,
     Listing,
@@ -96,6 +97,15 @@ class MirroredStore:
     @property
     def info(self) -> StoreInfo:
         return self.authority.info
+
+    @property
+    def failovers(self) -> int:
+        return sum(each.failovers for each in (self.authority, self.mirror) if isinstance(each, FailsOver))
+
+    @property
+    def mirror_origin(self) -> str:
+        """What kind of store the mirror is."""
+        return self.mirror.info.origin
 
     @property
     def tiers(self) -> Tiers:

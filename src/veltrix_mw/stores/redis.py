@@ -156,6 +156,10 @@ class RedisStore:
     def info(self) -> StoreInfo:
         return self._info
 
+    @property
+    def failovers(self) -> int:
+        return self._link.failovers
+
     # --- followed
 
     def list(self, *, timeout_s: float) -> Listing:

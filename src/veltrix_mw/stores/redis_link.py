@@ -36,6 +36,7 @@ from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
 from veltrix_mw.stores.redis_routes import Guided, Question, Route, Server
 from veltrix_mw.stores.tls import Tls, Verdict, send_all, verdict_of
+from veltrix_mw.telemetry import store_call
 
 __all__ = ["WAIT_TIMEOUT_S", "Command", "Connection", "RedisLink"]
 
@@ -48,6 +49,7 @@ _FORK_WAIT_S: Final = 1.0  # the locks are held for microseconds
 _LATE_S: Final = 0.5  # a server that answers after this may have been stopped meanwhile, and replaced
 _FATE: Final = "fate is unknown: read again before you write again"
 _MOST_REDIRECTS: Final = 5  # of one call: a slot moves once, and may be on its way meanwhile
+_WAITING: Final = frozenset({"XREAD", "PIPELINE BLPOP"})  # they wait for what happens: how long says nothing
 _READ_BYTES: Final = 256 * 1024  # a listing is megabytes: the driver's own 64 KiB would be four times the calls
 
 _CODE: Final = re.compile(
@@ -155,8 +157,10 @@ class Connection:
     that is sent on.
     """
 
-    def __init__(self, channel: _Channel, *, onward: _Onward | None = None) -> None:
+    def __init__(self, channel: _Channel, *, namespace: str, onward: _Onward | None = None) -> None:
+        """`namespace` is what calls are told under."""
         self._channel = channel
+        self._namespace = namespace
         self._onward = onward
         self._aside: _Channel | None = None  # to where the slot is on its way
         self._last = channel  # what was exchanged last
@@ -186,6 +190,13 @@ class Connection:
 
     def pipeline(self, commands: Sequence[Command]) -> list[Any]:
         """The replies to several commands, sent together; raises the first error among them, once all were read."""
+        name = _operation(commands)
+        if name in _WAITING:
+            return self._exchanged(commands)
+        with store_call("redis", name, self._namespace, self.host, size=len(commands)):
+            return self._exchanged(commands)
+
+    def _exchanged(self, commands: Sequence[Command]) -> list[Any]:
         self.is_sound = self.was_sent_on = False
         self._last = self._channel
         replies = self._channel.exchange(commands)
@@ -319,6 +330,16 @@ class Connection:
                 channel.sock.close()
 
 
+def _operation(commands: Sequence[Command]) -> str:
+    """What the commands are called, as the convention for databases has it: `HMGET`, `PIPELINE HMGET`, `PIPELINE`."""
+    names = [str(command[0]) for command in commands]
+    if len(names) == 1:
+        return names[0]
+    if "BLPOP" in names:
+        return "PIPELINE BLPOP"
+    return f"PIPELINE {names[0]}" if len(set(names)) == 1 else "PIPELINE"
+
+
 class RedisLink:
     """The connections of this process to one server, the one that the route says.
 
@@ -344,6 +365,7 @@ class RedisLink:
         self._db = db
         self._names = Names(namespace)
         self._namespace = namespace
+        self.failovers = 0  # times that calls went to another server than before
         self._has_answered = False  # whether it ever spoke Redis with us: then a hint at its port would mislead
         self._tls = Tls(ca, cert, key) if tls else None
         self._user = user
@@ -429,7 +451,7 @@ class RedisLink:
         found = self._route.find(self._ask, deadline_s)
         if found != self._current:
             with self.lock:
-                self._current = found
+                self._go_to(found)
                 left = [connection for connection in self._opened if connection.host != found]
             for connection in left:
                 connection.shut_down()
@@ -461,7 +483,7 @@ class RedisLink:
 
     def _opened_to(self, server: Host, deadline_s: float) -> Connection:
         channel = self._connected(server, deadline_s)
-        connection = Connection(channel, onward=self._onward)
+        connection = Connection(channel, namespace=self._namespace, onward=self._onward)
         try:
             if self._password is None and not self._is_guide:
                 # A server that asks for a password hangs up on commands of more than ten words, and says nothing.
@@ -502,6 +524,13 @@ class RedisLink:
     def _moved(self, host: Host) -> None:
         """The server named another one: who waits for the first is told so as well, and need not be broken off."""
         self._route.moved(host)
+        with self.lock:
+            self._go_to(host)
+
+    def _go_to(self, host: Host) -> None:
+        """Needs the lock."""
+        if self._current is not None and self._current != host:
+            self.failovers += 1
         self._current = host
 
     def _ask(self, host: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:

@@ -155,6 +155,10 @@ class RedisMirror:
     def info(self) -> StoreInfo:
         return self._info
 
+    @property
+    def failovers(self) -> int:
+        return self._link.failovers
+
     # --- read
 
     def state(self, *, timeout_s: float) -> MirrorState:
