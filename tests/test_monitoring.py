@@ -232,6 +232,12 @@ def test_alert_and_dashboard_call_old_what_the_client_calls_old() -> None:
         assert [step["value"] for step in steps] == [None, client_module.MAX_AGE_S]
 
 
+def test_slow_begins_at_a_bound_of_the_histogram(scrape: Scrape) -> None:
+    (slow,) = (alert["expr"] for alert in ALERTS if alert["alert"] == "VeltrixPropagationSlow")
+    (limit,) = re.findall(r"> (\d+)\s*$", slow)
+    assert f"{limit}.0" in scrape["veltrix_propagation_duration_seconds_bucket"]["le"]
+
+
 def _promtool(*arguments: str | Path) -> None:
     done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
