@@ -46,7 +46,7 @@ help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)$$/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
 
 servers:
-	@scripts/servers.sh etcd etcdctl redis-server redis-cli openssl wrk
+	@scripts/servers.sh etcd etcdctl redis-server redis-cli openssl promtool wrk
 
 # Not left to an implicit rule: make does not look for one where a target is phony.
 env-demo env-dev env-bench env-docs: env-%:

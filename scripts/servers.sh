@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Sees to it that the servers which tests, demo and measurements start are on this machine.
 #
-# Usage: scripts/servers.sh COMMAND...   of: etcd etcdctl redis-server redis-cli openssl wrk
+# Usage: scripts/servers.sh COMMAND...   of: etcd etcdctl redis-server redis-cli openssl promtool wrk
 #
 # Where one lacks, apt installs its package; without apt or root it says what to install, and fails. A service that
 # a package started by itself is stopped again: what is used here is started by whoever uses it, on free ports.
 set -euo pipefail
 
 declare -A package=([etcd]=etcd-server [etcdctl]=etcd-client [redis-server]=redis-server [redis-cli]=redis-tools
-  [openssl]=openssl [wrk]=wrk)
+  [openssl]=openssl [promtool]=prometheus [wrk]=wrk)
 declare -A missing=()
 
 for command in "$@"; do

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.waiting import wait_until
@@ -108,3 +110,38 @@ def test_the_authority_beside_a_mirror_is_known_to_hold_what_was_mirrored(url: s
         authority, mirror = worker.status().tiers
         assert (authority.role, authority.state, authority.revision, authority.lag) == ("authority", "standby", 2, 0)
         assert (mirror.role, mirror.state, mirror.revision) == ("mirror", "following", 2)
+
+
+def relay_held(reader: InMemoryMetricReader) -> list[float]:
+    """The points of the gauge of that name."""
+    data = reader.get_metrics_data()
+    return [
+        point.value  # type: ignore[union-attr]
+        for of_resource in (data.resource_metrics if data else ())
+        for of_scope in of_resource.scope_metrics
+        for metric in of_scope.metrics
+        if metric.name == "veltrix.relay.held"
+        for point in metric.data.data_points
+    ]
+
+
+def test_a_gauge_tells_whether_a_relay_is_seen_and_nothing_where_there_is_no_mirror(
+    url: str, redis: RedisServer
+) -> None:
+    reader, of_leader, of_lone = InMemoryMetricReader(), InMemoryMetricReader(), InMemoryMetricReader()
+
+    def provider(of: InMemoryMetricReader) -> MeterProvider:
+        return MeterProvider([of], shutdown_on_exit=False)
+
+    with (
+        ConfigClient(url, mirror=mirror_url(redis), relay="never", meter_provider=provider(reader)) as worker,
+        ConfigClient(url, meter_provider=provider(of_lone)) as lone,
+    ):
+        for client in (worker, lone):
+            client.wait_ready(WITHIN_S)
+        assert relay_held(reader) == [0]
+        with ConfigClient(url, mirror=mirror_url(redis), meter_provider=provider(of_leader)):
+            wait_until(lambda: relay_held(of_leader) == [1], WITHIN_S, reason="the relay to know that it leads")
+            wait_until(lambda: relay_held(reader) == [1], WITHIN_S, reason="the worker to see the relay")
+        wait_until(lambda: relay_held(reader) == [0], WITHIN_S, reason="the worker to miss the relay")
+        assert relay_held(of_lone) == []

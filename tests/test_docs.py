@@ -41,7 +41,7 @@ RUN: Final = frozenset({"python", "console"})
 SHOWN: Final = frozenset({"text", "html", "html+jinja", "html+django", "json", "ini", "toml"})  # nothing to run
 # Commands of others: named here, so that a misspelt one of ours is not taken for one of theirs.
 OTHERS: Final = frozenset(
-    {"gunicorn", "uvicorn", "uwsgi", "granian", "curl", "chgrp", "chmod", "install", "sqlite3", "wrk"}
+    {"gunicorn", "uvicorn", "uwsgi", "granian", "curl", "chgrp", "chmod", "install", "sqlite3", "promtool", "wrk"}
 )
 STAY: Final = frozenset({"watch", "relay", "demo"})  # verbs that do not end by themselves
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -85,6 +86,14 @@ def test_servers_that_are_there_are_not_installed(tmp_path: Path) -> None:
     done = _run("scripts/servers.sh", "etcd", "redis-server", PATH=f"{tmp_path}:/usr/bin:/bin")
     assert (done.returncode, done.stdout) == (0, "")
     assert not (tmp_path / "called").exists()
+
+
+def test_all_that_make_wants_installed_has_a_package() -> None:
+    (line,) = (line for line in _run("make", "--dry-run", "servers").stdout.splitlines() if "servers.sh" in line)
+    wanted = line.split()[1:]
+    assert {"etcd", "redis-server", "promtool"} <= set(wanted)
+    packages = dict(re.findall(r"\[([\w-]+)\]=([\w-]+)", (ROOT / "scripts/servers.sh").read_text()))
+    assert [command for command in wanted if command not in packages] == []
 
 
 def test_servers_that_cannot_be_installed_fail_and_say_what_lacks(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ INSTRUMENTS = {
     "veltrix.snapshot.revision": "{revision}",
     "veltrix.snapshot.entries": "{entry}",
     "veltrix.lazy.entries": "{entry}",
+    "veltrix.relay.held": "{relay}",
 }
 LOOKUP_BUCKETS = (1e-6, 5e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.5, 1, 5)
 REFRESH_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
@@ -90,6 +91,7 @@ class Client:
     dropped_layers: int = 0
     fetches: dict[str, int] = field(default_factory=lambda: {"hit": 4, "miss": 1})
     lazy_entries: int | None = 5
+    relay_held: int | None = 1
     now: Observed | Exception = CONFIRMED
 
     def observe(self) -> Observed:
@@ -519,6 +521,7 @@ def test_a_clients_numbers_are_exported_with_its_namespace_alone(sdk: Sdk) -> No
         "veltrix.snapshot.revision": {at: 41},
         "veltrix.snapshot.entries": {at: 7},
         "veltrix.lazy.entries": {at: 5},
+        "veltrix.relay.held": {at: 1},
     }
     client.views += 1
     assert sdk.points("veltrix.views") == {at: 11}
@@ -566,6 +569,17 @@ def test_a_client_without_lazy_prefixes_has_no_lazy_entries_to_show(sdk: Sdk) ->
     client = Client(lazy_entries=None)
     sdk.telemetry().observe(client)
     assert sdk.points("veltrix.lazy.entries") == {}
+
+
+def test_a_relay_is_held_where_each_client_that_has_a_mirror_sees_one(sdk: Sdk) -> None:
+    clients = [
+        *(Client("shop", relay_held=held) for held in (1, 0, None)),
+        *(Client("pay", relay_held=held) for held in (None, 1)),
+        Client("alone", relay_held=None),
+    ]
+    for client in clients:
+        sdk.telemetry().observe(client)
+    assert sdk.points("veltrix.relay.held") == {of("shop"): 0, of("pay"): 1}
 
 
 def test_clients_of_two_providers_are_kept_apart(sdk: Sdk) -> None:

@@ -855,7 +855,8 @@ class ConfigClient:
         if relay is not None and relay.relay.leads:
             return self.instance, ""
         tiers = self._store.tiers
-        holder = "" if tiers.mirror is None else tiers.mirror.relay
+        state = tiers.mirror  # taken once: the follower's thread replaces it
+        holder = "" if state is None else state.relay
         if tiers.fault_kind == "unreachable":
             return None, f"the mirror cannot be asked: {tiers.fault}"
         if holder:
@@ -929,6 +930,13 @@ class _Stats:
     def lazy_entries(self) -> int | None:
         units = self._client._views.units
         return None if units is None else units.held
+
+    @property
+    def relay_held(self) -> int | None:
+        if self._client._mirror is None:
+            return None
+        holder, _ = self._client._relay_status()
+        return int(holder is not None)
 
     def observe(self) -> Observed:
         view = self._client._views.base

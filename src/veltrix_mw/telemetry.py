@@ -86,7 +86,7 @@ class Stats(Protocol):
     """What a client shows to the observable instruments.
 
     Held weakly, so it must be weakly referable, and hashed by identity. Read on the exporter's thread, without a
-    lock: all but `lazy_entries` are plain integers that only grow.
+    lock: all but `lazy_entries` and `relay_held` are plain integers that only grow.
     """
 
     @property
@@ -129,6 +129,11 @@ class Stats(Protocol):
     @property
     def lazy_entries(self) -> int | None:
         """Lazy units held now, absent ones too; None where no prefix is lazy."""
+        ...
+
+    @property
+    def relay_held(self) -> int | None:
+        """1 where this process sees a relay that feeds the mirror, 0 where it sees none; None without a mirror."""
         ...
 
     def observe(self) -> Observed:
@@ -550,6 +555,12 @@ class _Instruments:
             "{entry}",
             "Lazy units held",
         )
+        meter.create_observable_gauge(
+            "veltrix.relay.held",
+            [lambda _: self._least(lambda stats: stats.relay_held)],
+            "{relay}",
+            "Whether this process sees a relay that feeds the mirror",
+        )
 
     def observe(self, stats: Stats) -> None:
         """Add `stats`, unless it is there; it leaves when it is collected."""
@@ -577,6 +588,14 @@ class _Instruments:
             if count is not None:
                 totals[namespace] = totals.get(namespace, 0) + count
         return _observations(totals)
+
+    def _least(self, reading: Callable[[Stats], int | None]) -> Iterable[Observation]:
+        """One observation a namespace: the least of those of its clients that have a number."""
+        least: dict[str, int] = {}
+        for namespace, number in self._read(reading):
+            if number is not None:
+                least[namespace] = min(number, least.get(namespace, number))
+        return _observations(least)
 
     def _results(self) -> Iterable[Observation]:
         """One observation a namespace and result of its fetches: the sum over its clients."""
