@@ -45,7 +45,8 @@ class LazyStatus:
     """What this process's requests wanted of lazy units, what that asked of the stores, and what is held.
 
     `fetches` counts loads, by `view.fetch*` and by middlewares, each of one unit or more: `hit` all were held,
-    `coalesced` others had them read already, `miss` at least one was read for it, `absent` the same, and there was no entry, `error` one could not be had.
+    `coalesced` others had them read already, `miss` at least one was read for it, `absent` the same, and there was no
+    entry, `error` one could not be had.
     `units_read` counts units, whether they are there or absent: those found in the `mirror`, those asked of the
     `authority` by this process itself, and those `wanted` of the relay, as the mirror lacked them. `filled` are the
     units that it read from the authority as the relay, for all workers. All of these only grow; a forked child goes
