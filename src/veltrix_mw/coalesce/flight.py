@@ -59,7 +59,7 @@ class Flight(Generic[T]):
         `leader` is whatever names who asked first, for those who ask later; nothing here looks into it.
         """
         self._clock = clock
-        self.leader = leader
+        self.leader: object = leader
         self.began_s: float = clock()
         self.deadline_s: float = self.began_s + timeout_s
         self._on_landing = on_landing
