@@ -636,6 +636,16 @@ def test_what_waits_is_told_and_what_is_held_is_only_counted(store: GatedStore, 
     assert lazy.units_read == {"mirror": 0, "authority": 4, "wanted": 0}
 
 
+def test_more_units_than_a_view_keeps_can_be_fetched_at_once(client: ConfigClient) -> None:
+    keys = [f"tenants/t{number}/limit" for number in range(1_100)]
+    for start in range(0, len(keys), 100):
+        revision = client.write([Put(key, 1) for key in keys[start : start + 100]])
+    client.wait_for(revision, WITHIN_S)
+    pinned = client.view()
+    assert len(pinned.fetch_many(keys[:900])) == 900
+    assert len(pinned.fetch_many(keys)) == 1_100
+
+
 # --- writing
 
 

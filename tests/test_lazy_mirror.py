@@ -121,6 +121,16 @@ def test_the_relay_reads_a_wanted_unit_once_for_all_workers(relay: ConfigClient,
     assert relay.status().lazy.filled == 2  # type: ignore[union-attr]  # also when it leads no more
 
 
+def test_an_absent_unit_leaves_the_mirror_sooner_than_one_that_is_there(
+    relay: ConfigClient, connect: Open, redis: RedisServer
+) -> None:
+    relay.put("tenants/acme/name", "Acme")
+    connect().view().fetch_many(["tenants/acme/name", "tenants/none/name"])
+    left_ms = {key.rpartition(b":")[2]: redis.run("PTTL", key) for key in redis.run("KEYS", "*:unit:*")}
+    assert left_ms.keys() == {b"tenants/acme", b"tenants/none"}
+    assert 0 < left_ms[b"tenants/none"] < left_ms[b"tenants/acme"] / 50
+
+
 def test_what_was_filled_stays_current_and_whole(relay: ConfigClient, connect: Open, redis: RedisServer) -> None:
     relay.write([Put("tenants/acme/a", 1), Put("tenants/acme/b", 1)])
     first = connect()

@@ -177,6 +177,16 @@ def test_a_key_that_is_none_is_answered_400_before_the_handler_runs(client: Conf
     assert ran == []
 
 
+@pytest.mark.parametrize("tenant", ["acme/keys", "acme/checkout/deep"])
+def test_one_tenant_cannot_name_what_lies_within_anothers_unit(client: ConfigClient, serve: Serve, tenant: str) -> None:
+    ran: list[Any] = []
+    assert serve(client, lambda: ran.append(1), layers(f"tenants/{tenant}/")) == 400
+    assert ran == []
+    ignoring = {**layers(f"tenants/{tenant}/"), "on_invalid_layer": "ignore"}
+    assert serve(client, lambda: ran.append(current_view()._request_layers), ignoring) == 200
+    assert ran == [()]
+
+
 def test_or_dropped_and_counted(client: ConfigClient, serve: Serve) -> None:
     read: list[Any] = []
     options = {**prefetch("tenants/../admin", "users/1/name"), "on_invalid_layer": "ignore"}

@@ -119,7 +119,7 @@ class Pinned:
         view, views = self.view, self.view._views
         if on_invalid_layer == "ignore" and not isinstance(layers, str):
             layers = kept_layers(views, layers)
-        wanted = tuple(dict.fromkeys((*checked_layers(layers), *view._request_layers)))
+        wanted = tuple(dict.fromkeys((*checked_layers(layers, views.lazy), *view._request_layers)))
         if wanted == view._request_layers:
             return view
         laid = views._layered_view(wanted, None)

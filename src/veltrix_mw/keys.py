@@ -14,6 +14,7 @@ from veltrix_mw.errors import InvalidKey, SettingsError
 __all__ = [
     "MAX_KEY_BYTES",
     "check_key",
+    "check_layer",
     "check_lease_name",
     "check_namespace",
     "check_prefix",
@@ -82,6 +83,21 @@ def unit_of(key: str, lazy: Iterable[str]) -> str:
             end = key.find("/", len(prefix))
             return key[:end] if end >= 0 else key if len(key) > len(prefix) else ""
     return ""
+
+
+def check_layer(layer: object, lazy: Iterable[str]) -> str:
+    """Return `layer`, or raise `InvalidKey`: where it is no prefix, or lies within a unit of the prefixes `lazy`.
+
+    Below `tenants/`, if that is lazy, `tenants/acme/` is a layer and `tenants/acme/keys/` is none: names of tenants are
+    often put together with what a request says, and one that says `acme/keys` must not be let into acme's unit.
+    """
+    prefix = check_prefix(layer)
+    unit = unit_of(prefix, lazy)
+    if unit and prefix != f"{unit}/":
+        raise InvalidKey(
+            f"{prefix!r} lies within a lazy unit, so it is no layer; the whole unit is one: {unit + '/'!r}"
+        )
+    return prefix
 
 
 def check_namespace(namespace: object) -> str:

@@ -305,7 +305,7 @@ class LazyUnits:
         for revision, changes in steps:
             keyspace.apply(Batch(Position(unit.incarnation, revision), 0, changes))
             # What it replaces is not taken off: a unit that is changed again and again is read anew now and then.
-            size += sum(0 if isinstance(change.value, Missing) else len(change.value) for change in changes)
+            size += sum(_grown_by(change, unit.versions[0][1]) for change in changes)
         if keyspace.snapshot.rejected:
             self._keyspaces[name] = keyspace
         else:
@@ -323,6 +323,12 @@ class LazyUnits:
         if len(self._keyspaces) > _REFUSED:
             # Units with a fault that the cache let go of.
             self._keyspaces = {name: kept for name, kept in self._keyspaces.items() if name in self._cache}
+
+
+def _grown_by(change: RawChange, before: Snapshot) -> int:
+    if isinstance(change.value, Missing):
+        return 0
+    return len(change.value) + (0 if before._entries.item(change.key) else _ENTRY_BYTES + len(change.key))
 
 
 def _size_of(raw: RawUnit) -> int:

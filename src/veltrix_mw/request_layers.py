@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from veltrix_mw.errors import InvalidKey, SettingsError
-from veltrix_mw.keys import check_key, check_prefix, is_key
+from veltrix_mw.keys import check_key, check_layer, is_key
 
 if TYPE_CHECKING:
     from veltrix_mw.client import ConfigClient
@@ -92,16 +92,16 @@ def requested_view(
 
 
 def kept_layers(views: Views, layers: Iterable[str]) -> tuple[str, ...]:
-    """Those of `layers` that are prefixes; the others are counted as dropped."""
+    """Those of `layers` that can be one; the others are counted as dropped."""
     asked = tuple(layers)
-    kept = tuple(layer for layer in asked if _is_prefix(layer))
+    kept = tuple(layer for layer in asked if _is_layer(layer, views.lazy))
     views.dropped += len(asked) - len(kept)
     return kept
 
 
-def _is_prefix(layer: object) -> bool:
+def _is_layer(layer: object, lazy: Sequence[str]) -> bool:
     try:
-        check_prefix(layer)
+        check_layer(layer, lazy)
     except InvalidKey:
         return False
     return True

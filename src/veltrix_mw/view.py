@@ -256,9 +256,9 @@ class View(Mapping[str, Any]):
             "the middleware's prefetch="
         )
 
-    def _keep(self, unit: str, found: Snapshot | str) -> None:
+    def _keep(self, unit: str, found: Snapshot | str, most: int = _UNITS) -> None:
         units = self._units
-        if len(units) >= _UNITS and unit not in units:
+        if len(units) >= most and unit not in units:
             units.pop(next(iter(units)), None)
         units[unit] = found
 
@@ -544,8 +544,10 @@ class View(Mapping[str, Any]):
                 raise found
 
     def _keep_all(self, loaded: Mapping[str, Snapshot | Exception]) -> None:
+        # What one call has loaded it may read, however many units they are.
+        most = _UNITS + len(loaded) - 1
         for unit, found in loaded.items():
-            self._keep(unit, found if isinstance(found, Snapshot) else str(found))
+            self._keep(unit, found if isinstance(found, Snapshot) else str(found), most)
 
     # Sections, models, derived values
 

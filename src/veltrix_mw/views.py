@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from veltrix_mw.coalesce.inline_flight import InlineFlight
 from veltrix_mw.deriving import DerivedCache
 from veltrix_mw.errors import InvalidKey
-from veltrix_mw.keys import check_key, check_prefix
+from veltrix_mw.keys import check_key, check_layer, check_prefix
 from veltrix_mw.overrides import process_overrides, tell_of_overrides
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import Telemetry
@@ -125,7 +125,7 @@ class Views:
     def view(self, layers: Sequence[str] = (), overrides: Mapping[str, Any] | None = None) -> View:
         """A view pinned to the newest snapshot. Raises `InvalidKey` for a layer or key that is none."""
         self.made += 1
-        view = self._layered_view(checked_layers(layers), overrides) if layers or overrides else self.base
+        view = self._layered_view(checked_layers(layers, self.lazy), overrides) if layers or overrides else self.base
         return view._of_one() if self.lazy else view
 
     def _layered_view(self, layers: tuple[str, ...], overrides: Mapping[str, Any] | None) -> View:
@@ -152,7 +152,8 @@ class Views:
         return counting
 
 
-def checked_layers(layers: Sequence[str]) -> tuple[str, ...]:
+def checked_layers(layers: Sequence[str], lazy: Sequence[str]) -> tuple[str, ...]:
+    """`layers`, each of them a prefix, and one of the prefixes `lazy` a whole unit. Raises `InvalidKey`."""
     if isinstance(layers, str):
         raise InvalidKey(f"layers are a sequence of prefixes; write ({layers!r},)")
-    return tuple(check_prefix(layer) for layer in layers)
+    return tuple(check_layer(layer, lazy) for layer in layers)

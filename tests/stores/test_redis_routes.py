@@ -287,3 +287,21 @@ def test_a_node_that_does_not_know_its_address_is_where_it_was_asked(unknown: by
 def test_the_slot_is_the_one_that_redis_computes(key: str, slot: int) -> None:
     assert slot_of(key) == slot
     assert slot_of("{}foo") != slot_of("foo")
+
+
+def test_who_asked_longest_does_not_bring_back_a_primary_that_was_left(guides: Guides, route: Sentinels) -> None:
+    guides.says = {S1: (OLD, 1), S2: (OLD, 1), S3: (OLD, 1)}
+    guides.find(route)
+
+    def slowly(guide: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:
+        answer = guides.ask(guide, questions, deadline_s)
+        if guides.says[S1] != (NEW, 2):
+            # Meanwhile another thread asks, and one that knows of the failover.
+            guides.says = dict.fromkeys((S1, S2, S3), (NEW, 2))
+            route.ask_again()
+            assert guides.find(route) == NEW
+        return answer
+
+    route.ask_again()
+    assert route.find(slowly, guides.clock() + 8.0) == NEW
+    assert guides.find(route) == NEW

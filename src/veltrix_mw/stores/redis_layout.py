@@ -643,7 +643,8 @@ for unit = 4, #KEYS do
   redis.call('UNLINK', KEYS[unit])
   redis.call('HSET', KEYS[unit], '#unit', meta[6] .. ' ' .. ARGV[at])
   for from = at + 2, last, 2000 do redis.call('HSET', KEYS[unit], unpack(ARGV, from, math.min(from + 1999, last))) end
-  redis.call('PEXPIRE', KEYS[unit], ARGV[5])
+  -- one that is absent a sixtieth as long: names that somebody invents must not fill the memory
+  redis.call('PEXPIRE', KEYS[unit], ARGV[at + 1] == '0' and math.ceil(ARGV[5] / 60) or ARGV[5])
   at = last + 1
 end
 redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'units', ARGV[7])

@@ -33,7 +33,7 @@ class RedisLeases:
 
     def acquire(self, name: str, holder: str, *, ttl_s: float, timeout_s: float) -> tuple[Lease | None, str, float]:
         names, ends_s = self._names, time.monotonic() + timeout_s
-        with self._link.session(timeout_s) as connection:
+        with self._link.session(timeout_s, writes=True) as connection:
             said, *rest = connection.run(
                 GRANT, (names.lease_of(name), names.token_of(name)), (holder, milliseconds(ttl_s))
             )
@@ -44,7 +44,7 @@ class RedisLeases:
 
     def renew(self, name: str, lease: Lease, *, ttl_s: float, timeout_s: float) -> None:
         ends_s = time.monotonic() + timeout_s
-        with self._link.session(timeout_s) as connection:
+        with self._link.session(timeout_s, writes=True) as connection:
             (said,) = connection.run(RENEW_LEASE, (self._names.lease_of(name),), (held_as(lease), milliseconds(ttl_s)))
             if said == b"ok":
                 self._await_replicas(connection, name, ends_s)

@@ -127,6 +127,9 @@ class Guided:
         told = self._answer(ask, min(deadline_s, now_s + _LOOK_S) if is_look else deadline_s, known)
         if told is not known:
             self.believed_s = now_s
+        current = self._known
+        if current is not None and current is not known and told.epoch < current.epoch:
+            told = current  # another thread asked at the same time, one that knew of a later failover
         self._known = told
         self._ask_at_s = self._clock() + _AGREED_S
         self._is_doubted = False
