@@ -357,6 +357,16 @@ def test_a_size_grows_with_what_is_held(rig: Rig) -> None:
     assert rig.cache.sizes[ACME] >= empty + 1_000
 
 
+def test_keys_that_the_watch_brings_weigh_as_much_as_those_that_were_read(rig: Rig) -> None:
+    rig.load(ACME)
+    rig.write(**{f"key{number}": b"1" for number in range(100)})
+    rig.follow()
+    by_watch = rig.cache.sizes[ACME]
+    rig.cache.clear()
+    rig.load(ACME)
+    assert by_watch >= rig.cache.sizes[ACME]
+
+
 def test_a_value_that_is_not_json_is_held_back_and_what_is_good_is_served(rig: Rig) -> None:
     rig.write(a=b"{", b=b"1")
     pinned = rig.follow()
