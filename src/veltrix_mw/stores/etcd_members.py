@@ -19,6 +19,7 @@ from random import SystemRandom
 from typing import Final, Protocol, TypeVar
 
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, StoreError, StoreUnavailable
+from veltrix_mw.events import Events
 from veltrix_mw.protocols import CertificateFault, Leaderless, NotLetIn, NotPermitted, Silent
 from veltrix_mw.settings import Host, shown
 from veltrix_mw.stores.etcd_messages import (
@@ -56,7 +57,7 @@ _PREFERRED_AFTER_S: Final = 60.0  # how long after a failover the member of firs
 _PAUSE_FIRST_S: Final = 0.05  # between rounds over all members, doubled each time, with full jitter
 _PAUSE_MOST_S: Final = 0.5
 
-_log = logging.getLogger("veltrix_mw")
+_events = Events(tier="etcd")
 
 _random: Final = SystemRandom()  # not the module's generator, which an application may have seeded for itself
 
@@ -510,10 +511,13 @@ class Members:
             with here.lock:
                 is_known, here.is_open = here.is_open, True
             if not is_known:
-                _log.warning(
-                    "veltrix.user_unused: etcd at %s has authentication off and checked neither user nor password; "
-                    "turn it on (etcdctl auth enable), or leave user and password out",
-                    shown(host),
+                _events.tell(
+                    "veltrix.user_unused",
+                    logging.WARNING,
+                    f"etcd at {shown(host)} has authentication off and checked neither user nor password; turn it on "
+                    "(etcdctl auth enable), or leave user and password out",
+                    once=True,
+                    host=shown(host),
                 )
             return
         if isinstance(meaning, _TokenRefused):
