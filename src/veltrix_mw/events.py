@@ -248,6 +248,7 @@ class Events:
         event: str,
         level: int,
         text: str = "",
+        /,
         *,
         once: bool = False,
         about: Mapping[str, Field] | None = None,
@@ -260,7 +261,7 @@ class Events:
         """
         self._tell(event, level, text, about, fields, once=once)
 
-    def tell_end(self, event: str, text: str = "", **fields: Field) -> None:
+    def tell_end(self, event: str, text: str = "", /, **fields: Field) -> None:
         """Log at level info that the faults that `event` ends are over, if one of them was told; cheap where not."""
         ats = [(self._number, fault, _apart(event, fields)) for fault in ENDS[event]]
         if any(self._limit.is_told(at) for at in ats):
