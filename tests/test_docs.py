@@ -621,7 +621,7 @@ def _told_events() -> dict[str, tuple[set[str], set[str]]]:
 
 
 def _table_of_events() -> dict[str, list[tuple[set[str], set[str], set[str]]]]:
-    """Each event that docs/operations.md names: of each of its rows the levels, the fields, and what it is over with."""
+    """Each event that docs/operations.md names: levels, fields and what it is over with, of each of its rows."""
     page = (ROOT / "docs" / "operations.md").read_text()
     found: dict[str, list[tuple[set[str], set[str], set[str]]]] = {}
     for row in re.findall(r"^\| `(veltrix\.\w+)` \| (.*?) \| (.*?) \| (.*?) \| ", page, re.MULTILINE):

@@ -494,7 +494,8 @@ class LastKnownGood:
         """Have the snapshot that `make` returns saved, soon; replaces an offer that was not yet saved.
 
         Never blocks and does no I/O. `make` is called later, on another thread, and only if its snapshot is about
-        to be written. Whatever goes wrong is in `error`, logged once for each distinct reason until it is saved, and tried again.
+        to be written. Whatever goes wrong is in `error`, logged once for each distinct reason until something is saved,
+        and tried again.
         """
         with told_after(), self._changed:
             self._make = make

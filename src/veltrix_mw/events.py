@@ -143,6 +143,7 @@ class Limit:
         self._faults: dict[_At, _Fault] = {}
         self._held: set[_At] = set()  # those with a line that was held back
         self._due_s = math.inf  # the first of them is due no sooner
+        self._crowded_until_s = -math.inf  # until when it is not looked again for what can be forgotten
 
     def fault(self, at: _At, line: _Line, *, once: bool) -> _Line | None:
         """The line as it is to be logged now; None if it is held back."""
@@ -218,8 +219,15 @@ class Limit:
         return at, fault
 
     def _forget_some(self) -> None:
-        """Forget faults that tell nothing more: whose window is over, and whose end is told whether known or not."""
-        over_s = self.clock() - WINDOW_S
+        """Forget faults that tell nothing more: whose window is over, and whose end is told whether known or not.
+
+        Looks at all of them, so at most once a second.
+        """
+        now_s = self.clock()
+        if now_s < self._crowded_until_s:
+            return
+        self._crowded_until_s = now_s + 1.0
+        over_s = now_s - WINDOW_S
         for at, fault in list(self._faults.items()):
             is_over = bool(fault.told_s) and fault.told_s[-1] <= over_s
             if is_over and fault.line is None and (fault.once or not fault.shown):
