@@ -115,7 +115,7 @@ class _Fault:
         is_late = line is self.line
         suppressed, self.held, self.line = self.held - is_late, 0, None
         self.shown = not _is_end(line)
-        if self.shown or is_late:
+        if self.shown:
             self.told_s.append(now_s)
         return line.after(suppressed, now_s - line.told_s if is_late else 0.0)
 
