@@ -611,12 +611,36 @@ def test_subscriptions_hold_no_lock_while_they_log(log: Log) -> None:
 
     locks = [heard._lock, subscription._condition]
     assert free_while_logging(log, "veltrix.subscriber_not_started", locks, offer) == [True, True]
+    offer()
+    assert log.lines[-1] == "veltrix.subscriber_started prefix=''"
+
+
+def test_a_callback_that_fails_at_each_change_is_told_once_and_when_it_works_again(log: Log) -> None:
+    calls: list[int] = []
+
+    def callback(_: object, now: Snapshot) -> None:
+        calls.append(now.revision)
+        if now.revision < 4:
+            raise RuntimeError("hunter2")
+
+    heard = Subscriptions()
+    heard.add("", callback, Snapshot())
+    for revision in (1, 2, 3, 4, 5):
+        heard.offer(_snapshot(revision), None)
+        wait_until(lambda at=revision: calls[-1:] == [at], WITHIN_S, reason="the callback hears of it")
+    heard.close()
+    wait_until(lambda: not heard._all[0]._running, WITHIN_S, reason="its thread ends")
+    assert [line.split(" error")[0] for line in log.lines] == [
+        "veltrix.subscriber_failed prefix=''",
+        "veltrix.subscriber_recovered prefix='' suppressed=2",
+    ]
+    assert "hunter2" not in "".join(log.lines)
 
 
 def _snapshot(revision: int) -> Snapshot:
     keyspace = Keyspace(Schemas({}, layers=(), defaults={}))
     at = Position("label", revision, "")
-    keyspace.restore(Listing(at, [("a", b"1", 1)]), incarnation="label", origin="memory", proved_at_s=0.0)
+    keyspace.restore(Listing(at, [("a", b"1", revision)]), incarnation="label", origin="memory", proved_at_s=0.0)
     return keyspace.snapshot
 
 

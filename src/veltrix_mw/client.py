@@ -391,6 +391,7 @@ class ConfigClient:
         except RuntimeError:
             self._events.tell("veltrix.relay_not_started", logging.WARNING, NO_THREAD)
             return
+        self._events.tell_end("veltrix.relay_started")
         self._relay = relay
 
     def feed(self, report: Report) -> None:

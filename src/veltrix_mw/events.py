@@ -53,7 +53,11 @@ ENDS: Final[Mapping[str, tuple[str, ...]]] = {
     "veltrix.last_known_good_saved": ("veltrix.last_known_good_unsaved",),
     "veltrix.ready": ("veltrix.not_ready",),
     "veltrix.relay_elected": ("veltrix.relay_deposed", "veltrix.relay_resigned"),
+    "veltrix.relay_started": ("veltrix.relay_not_started",),
     "veltrix.store_answers": ("veltrix.store_failed",),
+    "veltrix.subscriber_recovered": ("veltrix.subscriber_failed",),
+    "veltrix.subscriber_started": ("veltrix.subscriber_not_started",),
+    "veltrix.user_checked": ("veltrix.user_unused",),
     "veltrix.written": ("veltrix.unwritten",),
 }
 """The events, below level warning, that say that others are over."""
@@ -61,6 +65,7 @@ ENDS: Final[Mapping[str, tuple[str, ...]]] = {
 _APART_BY: Final[Mapping[str, str]] = {
     "veltrix.accepted": "key",
     "veltrix.rejected": "key",
+    "veltrix.user_checked": "host",
     "veltrix.user_unused": "host",
 }
 """The field by which one event tells several faults that are limited each by itself."""

@@ -133,6 +133,7 @@ class _Subscription:
             self._events.tell("veltrix.subscriber_not_started", logging.ERROR, prefix=self._prefix, error=told(exc))
         else:
             self._running = True
+            self._events.tell_end("veltrix.subscriber_started", prefix=self._prefix)
 
     def _run(self) -> None:
         condition = self._condition
@@ -160,6 +161,8 @@ class _Subscription:
             self._callback(changes, new)
         except Exception as exc:  # noqa: BLE001  # the caller's code may raise anything, with a value in what it says
             self._events.tell("veltrix.subscriber_failed", logging.ERROR, prefix=self._prefix, error=told(exc))
+        else:
+            self._events.tell_end("veltrix.subscriber_recovered", prefix=self._prefix)
 
 
 class Subscriptions:

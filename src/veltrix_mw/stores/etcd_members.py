@@ -502,6 +502,7 @@ class Members:
             raise
         with here.lock:
             here.token, here.is_open = answer.token, False
+        _events.tell_end("veltrix.user_checked", host=shown(host))
 
     def _not_authenticated(self, here: _Here, host: Host, refused: Refused) -> None:
         """Return where no user is needed; raise what is to be done otherwise."""
