@@ -285,8 +285,11 @@ def _saved(snapshot: Snapshot, position: Position) -> Saved:
     )
 
 
-def tell(notice: Notice, events: Events, served: Snapshot | None = None) -> None:
-    """Log what an operator may want to know, and what was served then."""
+_events = Events()
+
+
+def tell(notice: Notice, events: Events = _events, served: Snapshot | None = None) -> None:
+    """Log what an operator may want to know: as one of `events`, with what was served then."""
     about: dict[str, Field] = {} if served is None else {"revision": served.revision, "origin": served.origin}
     events.tell(notice.event, _LEVELS[notice.level], once=True, about=about, **notice.fields)
 
