@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.ports import free_port as _free_port
+from veltrix_mw import events
 
 # The same examples each time: what a run finds must not depend on its day. `--hypothesis-profile=default` explores.
 settings.register_profile("repeatable", derandomize=True)
@@ -32,6 +33,14 @@ def _own_environment() -> Iterator[None]:
             if name.startswith(("VELTRIX_", "OTEL_")):
                 patch.delenv(name)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _each_event_told_at_once() -> Iterator[None]:
+    """What one test had told keeps back no line of another."""
+    events.reset()
+    yield
+    events.reset()
 
 
 @pytest.fixture

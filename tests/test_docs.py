@@ -11,6 +11,7 @@ are meant. There `etcdctl` and `redis-cli` run, too.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import doctest
 import importlib
@@ -597,15 +598,60 @@ def test_the_errors_page_says_what_to_do_about_each_error() -> None:
         assert f"| `{name}`" in page, f"docs/errors.md says nothing of {name}"
 
 
-def test_the_operations_page_names_every_event_that_is_logged() -> None:
-    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]
-    logged = {
-        event
-        for source in sources
-        for event in re.findall(r"(?:_notice|_log\.\w+)\(\s*\"(veltrix\.\w+)", source.read_text())
-    }
+def _told_events() -> dict[str, tuple[set[str], set[str]]]:
+    """Each event that the sources tell: the levels that are written there, and its fields."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for source in [*(ROOT / "src").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]:
+        for call in ast.walk(ast.parse(source.read_text())):
+            match call:
+                case ast.Call(
+                    func=ast.Attribute(attr="_notice" | "tell" | "tell_end" | "_report" as how),
+                    args=[ast.Constant(value=str(event)), *more],
+                ) if event.startswith("veltrix."):
+                    levels, fields = found.setdefault(event, (set(), set()))
+                    fields.update(word.arg for word in call.keywords if word.arg not in {None, "once", "about"})
+                    if how == "tell_end":
+                        levels.add("info")
+                    elif how == "_report":  # of the last-known-good file, which has one way to say what is wrong
+                        levels.add("warning")
+                        fields.add("reason")
+                    else:
+                        levels.update(re.findall(r"\b(info|warning|error)\b", ast.unparse(more[0]).lower()))
+    return found
+
+
+def _table_of_events() -> dict[str, list[tuple[set[str], set[str], set[str]]]]:
+    """Each event that docs/operations.md names: levels, fields and what it is over with, of each of its rows."""
     page = (ROOT / "docs" / "operations.md").read_text()
-    assert logged == set(re.findall(r"^\| `(veltrix\.\w+)`", page, re.MULTILINE))
+    found: dict[str, list[tuple[set[str], set[str], set[str]]]] = {}
+    for row in re.findall(r"^\| `(veltrix\.\w+)` \| (.*?) \| (.*?) \| (.*?) \| ", page, re.MULTILINE):
+        event, levels, fields, ends = row
+        quoted = [set(re.findall(r"`([\w.]+)`", cell)) for cell in (fields, ends)]
+        found.setdefault(event, []).append((set(levels.split(", ")), quoted[0], quoted[1]))
+    return found
+
+
+def test_the_operations_page_names_every_event_that_is_logged_with_its_levels_and_fields() -> None:
+    told, table = _told_events(), _table_of_events()
+    assert told.keys() == table.keys()
+    for event, (levels, fields) in told.items():
+        assert fields == set().union(*(row[1] for row in table[event])), event
+        if event != "veltrix.failover":  # decided where it is told
+            assert levels == set().union(*(row[0] for row in table[event])), event
+
+
+def test_the_operations_page_says_which_event_ends_which() -> None:
+    from veltrix_mw.events import ENDS
+
+    told = {(end, event) for event, rows in _table_of_events().items() for _, _, ends in rows for end in ends}
+    assert told == {(end, fault) for end, faults in ENDS.items() for fault in faults}
+
+
+def test_every_event_is_told_by_the_one_module() -> None:
+    own = {"events.py"}  # and the CLI has handlers to set up, for what it shows of the log
+    for source in [*(ROOT / "src" / "veltrix_mw").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]:
+        if source.name not in own and "cli" not in source.parts:
+            assert "getLogger" not in source.read_text(), source
 
 
 def test_the_telemetry_page_names_every_span_and_metric() -> None:

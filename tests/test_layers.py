@@ -23,7 +23,19 @@ CORE: Final = "veltrix_mw"
 # the module and all below it.
 RANKS: Final[tuple[frozenset[str], ...]] = (
     frozenset(
-        {"errors", "version", "faults", "forking", "awaiting", "keys", "pinning", "values", "telemetry", "words"}
+        {
+            "errors",
+            "version",
+            "faults",
+            "events",
+            "forking",
+            "awaiting",
+            "keys",
+            "pinning",
+            "values",
+            "telemetry",
+            "words",
+        }
     ),
     frozenset({"sorted_map", "snapshot"}),
     frozenset({"operations", "protocols", "settings", "findings", "freshness"}),
@@ -80,7 +92,18 @@ PUBLIC: Final = frozenset(
         CORE,
         *(
             f"{CORE}.{name}"
-            for name in ("asgi", "wsgi", "coalesce", "leases", "request_layers", "testing", "diagnosis", "words", "cli")
+            for name in (
+                "asgi",
+                "wsgi",
+                "coalesce",
+                "leases",
+                "request_layers",
+                "testing",
+                "diagnosis",
+                "words",
+                "events",
+                "cli",
+            )
         ),
     }
 )

@@ -14,10 +14,11 @@ from django.core.signals import setting_changed
 
 from django_veltrix.settings import OfRequest, Settings
 from veltrix_mw import ConfigClient, SettingsError
+from veltrix_mw.events import Events, told_after
 
 __all__ = ["Project", "current_project", "get_client"]
 
-_log = logging.getLogger("django_veltrix")
+_events = Events("django_veltrix")
 
 
 class Project:
@@ -76,14 +77,17 @@ def get_client() -> ConfigClient:
 
 def _make() -> Project:
     global _project
-    with _lock:
+    with told_after(), _lock:
         if _project is None:
             settings = Settings.read()
             project = Project(settings)
             if settings.embedded is not None:
-                _log.warning(
-                    "veltrix.embedded path=%s: VELTRIX names no URL and DEBUG is on; production needs one",
-                    settings.embedded,
+                _events.tell(
+                    "veltrix.embedded",
+                    logging.WARNING,
+                    "VELTRIX names no URL and DEBUG is on; production needs one",
+                    once=True,
+                    path=str(settings.embedded),
                 )
             _project = project
         return _project

@@ -17,6 +17,7 @@ from urllib.parse import quote
 from flask import Flask
 
 from veltrix_mw import ConfigClient, SettingsError
+from veltrix_mw.events import Events
 
 __all__ = ["CLIENT_SETTINGS", "Chosen", "MissingUrl", "chosen_client"]
 
@@ -42,7 +43,7 @@ CLIENT_SETTINGS: Final[Mapping[str, str]] = {
 
 _REVISION_HEADER: Final = "VELTRIX_REVISION_HEADER"
 
-_log = logging.getLogger("flask_veltrix")
+_events = Events("flask_veltrix")
 
 
 class MissingUrl(SettingsError):
@@ -102,5 +103,6 @@ def _fallback(app: Flask) -> str:
             "or set $VELTRIX_URL; without either it runs in debug mode only (flask --debug run)"
         )
     url = "sqlite:///" + quote(str(Path(app.root_path).absolute() / "veltrix.db"))
-    _log.warning("veltrix.debug_store url=%s: no VELTRIX_URL is set; outside of debug mode this is an error", url)
+    text = "no VELTRIX_URL is set; outside of debug mode this is an error"
+    _events.tell("veltrix.debug_store", logging.WARNING, text, once=True, url=url)
     return url

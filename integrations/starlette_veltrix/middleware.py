@@ -12,11 +12,12 @@ from typing import Any
 from starlette.types import ASGIApp, Scope
 
 from veltrix_mw import ConfigClient, SettingsError, asgi
+from veltrix_mw.events import Events
 from veltrix_mw.request_layers import InvalidLayerPolicy
 
 __all__ = ["ConfigMiddleware"]
 
-_log = logging.getLogger("veltrix_mw")
+_events = Events()
 
 
 class ConfigMiddleware(asgi.ConfigMiddleware):
@@ -62,7 +63,7 @@ class ConfigMiddleware(asgi.ConfigMiddleware):
         except SettingsError as exc:
             # Starlette makes its middleware when the server asks for the start-up, and a server may take an error
             # there for an app without a lifespan: without this line it would start, and say nothing.
-            _log.error("veltrix.misconfigured reason=%s", exc)
+            _events.tell("veltrix.misconfigured", logging.ERROR, once=True, reason=str(exc))
             raise
         super().__init__(
             app,

@@ -13,6 +13,7 @@ from veltrix_mw.awaiting import in_thread
 from veltrix_mw.client import ConfigClient
 from veltrix_mw.current import Pinned, report
 from veltrix_mw.errors import InvalidKey, SettingsError
+from veltrix_mw.events import Events
 from veltrix_mw.pinning import pinned_view as _current
 from veltrix_mw.request_layers import (
     BAD_LAYER,
@@ -46,7 +47,7 @@ _LAST: Final = frozenset({"http.response.trailers", "http.response.pathsend"})  
 _UNKNOWN_SCOPE: Final = frozenset({ValueError, AssertionError, KeyError, NotImplementedError, TypeError})
 """What apps that know no lifespan raise: Django, Channels and asgiref a ValueError; by hand, `assert` and lookups."""
 
-_log = logging.getLogger("veltrix_mw")
+_events = Events()
 
 
 _pin, _unpin = _current.set, _current.reset  # bound once: every request calls both
@@ -295,7 +296,7 @@ class _Lifespan:
             # Exactly these: what is derived from them (a failed decoding, an app's own class) tells of a failure.
             if self._spoke or type(exc) not in _UNKNOWN_SCOPE:
                 raise
-            _log.info("veltrix.no_lifespan error=%s", type(exc).__name__)
+            _events.tell("veltrix.no_lifespan", logging.INFO, once=True, error=type(exc).__name__)
         if self._spoke:
             return
         while (await receive())["type"] != "lifespan.shutdown":

@@ -33,6 +33,7 @@ from veltrix_mw.errors import (
     StoreError,
     StoreUnavailable,
 )
+from veltrix_mw.events import NO_THREAD, Events, told_after
 from veltrix_mw.freshness import Freshness, FreshnessRules
 from veltrix_mw.keys import check_namespace, check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ConfigClient"]
 
-_log = logging.getLogger("veltrix_mw")
 T = TypeVar("T")
 
 CLOSE_S: Final = 2.0
@@ -145,6 +145,7 @@ class ConfigClient:
         self._named = instance
         info = self._store.info
         self.namespace: str = info.namespace
+        self._events = Events(part="client", namespace=info.namespace, tier=info.origin)
         self._telemetry = Telemetry(telemetry, tracer_provider=tracer_provider, meter_provider=meter_provider)
         self._telemetry.load()
         self.start_timeout_s: float = _positive("start_timeout_s", start_timeout_s)
@@ -320,13 +321,18 @@ class ConfigClient:
         pid = os.getpid()
         if self._is_settled(pid):
             return
-        with _process_lock():
+        with told_after(), _process_lock():
             if self._is_settled(pid):
                 return
             if self._pid not in {0, pid}:
                 self._after_fork_in_child()  # a server whose forks run no hooks, as uWSGI's by default
             if self._follower is not None:
-                _log.error("veltrix.follower_died: another one begins where it left off")
+                self._events.tell(
+                    "veltrix.follower_died",
+                    logging.ERROR,
+                    "another one begins where it left off",
+                    revision=self._views.base.revision,
+                )
                 _, relay = self._detach()
                 if relay is not None:
                     relay.stop(0)
@@ -363,8 +369,9 @@ class ConfigClient:
         except RuntimeError:  # no more threads, or the interpreter is ending: the next request tries again
             with self._lock:
                 self._follower = None
-            _log.warning("veltrix.follower_not_started: no thread could be started; raise the limit on threads")
+            self._events.tell("veltrix.follower_not_started", logging.WARNING, NO_THREAD)
             return
+        self._events.tell_end("veltrix.follower_started")
         self._pid = pid
         self._subscriptions.resume()
         if self._views.lapses is not None:
@@ -382,8 +389,9 @@ class ConfigClient:
         try:
             relay.start()
         except RuntimeError:
-            _log.warning("veltrix.relay_not_started: no thread could be started; raise the limit on threads")
+            self._events.tell("veltrix.relay_not_started", logging.WARNING, NO_THREAD)
             return
+        self._events.tell_end("veltrix.relay_started")
         self._relay = relay
 
     def feed(self, report: Report) -> None:
@@ -547,7 +555,7 @@ class ConfigClient:
     def _tell_if_not_ready(self) -> None:
         if not self.ready and not self._told_not_ready:
             self._told_not_ready = True
-            _log.warning("veltrix.not_ready reason=%r", self._trouble())
+            self._events.tell("veltrix.not_ready", logging.WARNING, once=True, reason=self._trouble())
 
     # Reading
 
@@ -614,7 +622,7 @@ class ConfigClient:
     def _publish(self, follower: Follower, publication: Publication) -> bool:
         """Called by a follower's thread; whether it was taken."""
         snapshot = publication.snapshot
-        with self._lock:
+        with told_after(), self._lock:
             if follower is not self._follower:
                 return False  # it was let go while a call of its held it up: what it brings is old
             before = self._views.base._snapshot
@@ -628,17 +636,23 @@ class ConfigClient:
             self._published = publication  # after: a client that says it is ready has a view that is
             self._subscriptions.offer(snapshot, publication.changed)
         self._waiters.wake()
+        if self._told_not_ready:
+            self._told_not_ready = False
+            self._events.tell("veltrix.ready", logging.INFO, revision=snapshot.revision, origin=snapshot.origin)
         self._tell_if_unwritten(snapshot)
         return True
 
     def _tell_if_unwritten(self, snapshot: Snapshot) -> None:
+        if self._told_unwritten and snapshot.revision:
+            self._events.tell_end("veltrix.written", revision=snapshot.revision)
         # A memory store is always empty at first, and nobody can have named it wrongly.
         if self._told_unwritten or snapshot.origin == "memory" or not _is_unwritten(snapshot):
             return
         from veltrix_mw.status import unwritten
 
         self._told_unwritten = True
-        _log.warning("veltrix.unwritten reason=%r", unwritten(self._authority.info))
+        reason = unwritten(self._authority.info)
+        self._events.tell("veltrix.unwritten", logging.WARNING, once=True, reason=reason)
 
     # Writing
 

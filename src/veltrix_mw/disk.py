@@ -42,13 +42,12 @@ from operator import lt
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from veltrix_mw.events import NO_THREAD, Events, told_after
 from veltrix_mw.protocols import Position
 from veltrix_mw.sorted_map import Item
 from veltrix_mw.values import FrozenDict
 
 __all__ = ["LastKnownGood", "Saved"]
-
-_log = logging.getLogger(__name__)
 
 _MAGIC: Final = b"VLTXLKG\n"
 _VERSION: Final = 1
@@ -361,6 +360,7 @@ class LastKnownGood:
         self._min_interval_s = min_interval_s
         self._clock = clock
         self._wall_clock = wall_clock
+        self._events = Events(__name__, part="last_known_good", namespace=namespace)
         self._logged: set[str] = set()
         # The copy that was last found whole, its version and position, so that it is not read again before each save.
         self._known: tuple[_Signature, int, Position] | None = None
@@ -398,7 +398,7 @@ class LastKnownGood:
                 break
             found, missing, reasons = self._load_either()
         if reasons:
-            self._report("; ".join(reasons))
+            self._report("veltrix.last_known_good_unread", "; ".join(reasons))
         else:
             self.error = None
         return found
@@ -494,9 +494,10 @@ class LastKnownGood:
         """Have the snapshot that `make` returns saved, soon; replaces an offer that was not yet saved.
 
         Never blocks and does no I/O. `make` is called later, on another thread, and only if its snapshot is about
-        to be written. Whatever goes wrong is in `error`, logged once for each distinct reason, and tried again.
+        to be written. Whatever goes wrong is in `error`, logged once for each distinct reason until something is saved,
+        and tried again.
         """
-        with self._changed:
+        with told_after(), self._changed:
             self._make = make
             self._offered += 1
             self._ensure_thread()
@@ -504,7 +505,7 @@ class LastKnownGood:
 
     def flush(self, timeout_s: float) -> bool:
         """Save now what was offered; whether it is on disk (or something newer is) after at most `timeout_s`."""
-        with self._changed:
+        with told_after(), self._changed:
             wanted = self._offered
             if self._settled >= wanted:
                 return True
@@ -538,13 +539,18 @@ class LastKnownGood:
         except RuntimeError:  # no more threads, or the interpreter is ending
             self._thread = None
             self._urgent = False
-            self._report(f"{self.path} was not saved: no thread could be started; raise the limit on threads")
+            self._report("veltrix.last_known_good_unsaved", f"{self.path} was not saved: {NO_THREAD}")
 
-    def _report(self, reason: str) -> None:
+    def _report(self, event: str, reason: str) -> None:
         self.error = reason
         if reason not in self._logged and len(self._logged) < _MAX_LOGGED:
             self._logged.add(reason)
-            _log.warning("last-known-good: %s", reason)
+            self._events.tell(event, logging.WARNING, once=True, reason=reason)
+
+    def _saved_again(self) -> None:
+        """A reason that comes back is told again."""
+        self._logged.clear()
+        self._events.tell_end("veltrix.last_known_good_saved", path=os.fspath(self.path))
 
     # --- saving: the thread's side ------------------------------------------------------------------------------
 
@@ -602,8 +608,9 @@ class LastKnownGood:
         else:
             if wait_s is None:
                 self.error = None
+                self._saved_again()
             return wait_s, False
-        self._report(reason)
+        self._report("veltrix.last_known_good_unsaved", reason)
         backoff_s = max(_MIN_BACKOFF_S, self._min_interval_s) * 2 ** min(self._failures, 10)
         return min(backoff_s, _MAX_BACKOFF_S), True
 

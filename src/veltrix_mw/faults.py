@@ -1,4 +1,4 @@
-"""Faults: how an exception that nobody expected is told in a log.
+"""Faults: how an exception that nobody expected is told in a log, and what is cut from texts that others wrote.
 
 Owns the words alone. Whose code raised is not known here, so neither what it says nor a line of its source is told:
 either may hold a value.
@@ -6,10 +6,11 @@ either may hold a value.
 
 from __future__ import annotations
 
+import re
 import traceback
 from typing import Final
 
-__all__ = ["told"]
+__all__ = ["told", "without_credentials"]
 
 _FRAMES: Final = 20  # the innermost: a recursion would fill the log
 
@@ -31,3 +32,15 @@ def told(exc: BaseException) -> str:
         parts.append(" > ".join([type(cause).__qualname__, *frames[-_FRAMES:]]))
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return " caused by ".join(parts)
+
+
+# Greedy, so that an unquoted `@`, `/` or `:` in a password goes with it. What messages show as an example stays.
+_LOGIN: Final = re.compile(r"(?<=://)(?!USER:PASSWORD@)\S*@")
+_PASSWORD: Final = re.compile(r"(?i)\b((?:\w+_)?(?:password|passwd|pwd|secret)=)[^\s&'\";,)]+")
+
+
+def without_credentials(text: str) -> str:
+    """The text without the users and passwords of the URLs in it, whoever wrote it."""
+    if "://" in text:
+        text = _LOGIN.sub("", text)
+    return _PASSWORD.sub(r"\1***", text) if "=" in text else text

@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 from veltrix_mw.disk import LastKnownGood, Saved
 from veltrix_mw.errors import StoreError
+from veltrix_mw.events import Events, Field, settle
 from veltrix_mw.faults import told
 from veltrix_mw.forking import FOLLOWERS, around_forks
 from veltrix_mw.protocols import Moved, Position, RawVersion, Store, Watch
@@ -51,14 +52,14 @@ from veltrix_mw.telemetry import RefreshOutcome, Telemetry
 
 __all__ = ["CALL_TIMEOUT_S", "LIST_TIMEOUT_S", "Follower", "halted_for_forks", "tell"]
 
-_log = logging.getLogger("veltrix_mw")
-
 CALL_TIMEOUT_S: Final = 2.0  # a call of a few milliseconds that takes this long is a failure
 LIST_TIMEOUT_S: Final = 30.0  # the one call whose length grows with the keyspace
 HISTORY_LIMIT: Final = 20  # versions of a key that are looked through for a good one
 FORK_TIMEOUT_S: Final = 5.0  # a fork waits no longer for a step to end: servers fork at their start, or to heal
 PART: Final = 32  # revisions of a burst that are applied at a stretch: a millisecond of holding the interpreter
 YIELD_S: Final = 0.0005  # between parts: a request that waits for the interpreter gets it
+
+_LEVELS: Final = {"info": logging.INFO, "warning": logging.WARNING}
 
 
 class Follower:
@@ -83,6 +84,7 @@ class Follower:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._events = Events(part="follower", namespace=store.info.namespace, tier=store.info.origin)
         self.replica = replica
         self._publish = publish
         self._failed = failed
@@ -140,7 +142,7 @@ class Follower:
             try:
                 self._prepare()
             except Exception as exc:  # noqa: BLE001  # telemetry that cannot be set up must not keep config from coming
-                _log.error("veltrix.telemetry_failed error=%s", told(exc))
+                self._events.tell("veltrix.telemetry_failed", logging.ERROR, error=told(exc))
             event = self._first_event()
         while not self._stopping.is_set():
             try:
@@ -151,7 +153,7 @@ class Follower:
             except Exception as exc:  # noqa: BLE001
                 # A defect of ours or of a callback must not end the following: go on, and say so.
                 self.crashes += 1
-                _log.error("veltrix.follower_crashed error=%s", told(exc))
+                self._events.tell("veltrix.follower_crashed", logging.ERROR, error=told(exc))
                 event = Crashed(self._clock(), StoreError(f"the follower crashed ({type(exc).__name__}); see the log"))
             finally:
                 self._drop_watch()
@@ -213,7 +215,8 @@ class Follower:
         """Let the replica decide, tell its notices, and hand on what it publishes."""
         decision = self.replica.handle(event)
         for notice in decision.notices:
-            tell(notice)
+            tell(notice, self._events, self.replica.snapshot)
+        settle()
         publication = decision.publication
         if publication is not None:
             if refresh is not None:
@@ -282,16 +285,13 @@ def _saved(snapshot: Snapshot, position: Position) -> Saved:
     )
 
 
-def tell(notice: Notice) -> None:
-    """Log what an operator may want to know."""
-    fields = " ".join(f"{name}={value!r}" for name, value in notice.fields.items())
-    _log.log(
-        logging.getLevelName(notice.level.upper()),
-        "%s %s",
-        notice.event,
-        fields,
-        extra={"veltrix": {"event": notice.event, **notice.fields}},
-    )
+_events = Events()
+
+
+def tell(notice: Notice, events: Events = _events, served: Snapshot | None = None) -> None:
+    """Log what an operator may want to know: as one of `events`, with what was served then."""
+    about: dict[str, Field] = {} if served is None else {"revision": served.revision, "origin": served.origin}
+    events.tell(notice.event, _LEVELS[notice.level], once=True, about=about, **notice.fields)
 
 
 # Forks

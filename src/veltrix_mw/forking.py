@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
 from weakref import WeakSet
 
+from veltrix_mw.events import Events
+
 __all__ = ["FOLLOWERS", "STORES", "anew_after_fork", "around_forks"]
 
-_log = logging.getLogger("veltrix_mw")
+_events = Events()
 
 FOLLOWERS: Final = 0  # who calls stores
 STORES: Final = 1
@@ -60,6 +62,7 @@ def anew_after_fork(thing: Forked) -> None:
     _anew.add(thing)
 
 
+_failed: list[str] = []  # what hooks raised, until it can be told
 _forking = threading.RLock()  # held from `before` to `after`: two threads that fork at once would mix what they hold
 
 
@@ -72,23 +75,39 @@ def _before() -> None:
 def _after_in_parent() -> None:
     for hooks in reversed(_hooks):
         _run(hooks.after_in_parent)
+    failed = _taken()
     _forking.release()
+    _tell(failed)
 
 
 def _after_in_child() -> None:
     global _forking
     _forking = threading.RLock()
+    _failed.clear()  # the parent tells it
     for thing in list(_anew):
         _run(thing._after_fork)
     for hooks in reversed(_hooks):
         _run(hooks.after_in_child)
+    _tell(_taken())
 
 
 def _run(hook: Callable[[], None]) -> None:
     try:
         hook()
     except Exception as exc:  # noqa: BLE001  # one hook that fails must not keep the others from letting go
-        _log.error("veltrix.fork_hook_failed error=%s", type(exc).__name__)
+        _failed.append(type(exc).__name__)
+
+
+def _taken() -> list[str]:
+    """What failed, with the lock held still: another thread's fork has its own."""
+    taken = list(_failed)
+    _failed.clear()
+    return taken
+
+
+def _tell(failed: list[str]) -> None:
+    for error in failed:
+        _events.tell("veltrix.fork_hook_failed", logging.ERROR, error=error)
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

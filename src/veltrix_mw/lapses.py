@@ -17,11 +17,10 @@ from collections.abc import Callable
 from typing import Final
 from weakref import WeakSet
 
+from veltrix_mw.events import NO_THREAD, Events
 from veltrix_mw.memo import Memo
 
 __all__ = ["Lapses"]
-
-_log = logging.getLogger("veltrix_mw")
 
 _WAIT_MOST_S: Final = 3600.0  # `Condition.wait` takes no number of seconds that a clock cannot hold
 
@@ -35,6 +34,7 @@ class Lapses:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._events = Events(part="lapses")
         # Protects all below, and every memo's limit. Reentrant: a finalizer may read a view while it is held.
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -55,11 +55,16 @@ class Lapses:
                 target=contextvars.Context().run, args=(self._run,), name="veltrix-lapses", daemon=True
             )
             self._thread = thread
+            started = True
             try:
                 thread.start()
             except RuntimeError:  # no more threads, or the interpreter is ending: each read is judged by itself
                 self._thread = None
-                _log.warning("veltrix.lapses_not_started: no thread could be started; raise the limit on threads")
+                started = False
+        if started:
+            self._events.tell_end("veltrix.lapses_started")
+        else:
+            self._events.tell("veltrix.lapses_not_started", logging.WARNING, NO_THREAD)
 
     def stop(self) -> None:
         """End the thread; nothing is kept from here on. Idempotent."""

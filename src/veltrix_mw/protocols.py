@@ -205,13 +205,14 @@ class StoreInfo:
 class Moved(StoreUnavailable):
     """Another tier is followed from here on. Watch again, in `after_s` seconds: a fleet does not move in step.
 
-    `mended`: it is the one that is to be followed, and nothing is wrong.
+    `mended`: it is the one that is to be followed, and nothing is wrong. `tier`: which it is, as its `origin`.
     """
 
-    def __init__(self, message: str, *, after_s: float = 0.0, mended: bool = False) -> None:
+    def __init__(self, message: str, *, after_s: float = 0.0, mended: bool = False, tier: str = "") -> None:
         super().__init__(message)
         self.after_s = after_s
         self.mended = mended
+        self.tier = tier
 
 
 class CertificateFault(AuthFailed):

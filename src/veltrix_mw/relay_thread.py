@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, Protocol, TypeGuard
 
 from veltrix_mw.errors import StoreError, VeltrixError
+from veltrix_mw.events import Events, settle
 from veltrix_mw.faults import told
 from veltrix_mw.follower import CALL_TIMEOUT_S, LIST_TIMEOUT_S, halted_for_forks, tell
 from veltrix_mw.protocols import Lease, Mirror, MirrorWriter, Position, Store, Watch
@@ -64,8 +65,6 @@ from veltrix_mw.unit_filler import UnitFiller, can_be_filled
 
 __all__ = ["FedMirror", "RelayThread", "can_be_fed"]
 
-_log = logging.getLogger("veltrix_mw")
-
 _ANY_KEY: Final = "veltrix"  # whether it is there does not matter
 FILL_TIMEOUT_S: Final = 60.0  # the whole keyspace, in parts
 
@@ -99,6 +98,9 @@ class RelayThread:
         self._mirror = mirror
         self._instance = instance
         self._lazy = authority.info.lazy
+        namespace = authority.info.namespace
+        self._events = Events(part="relay", namespace=namespace, tier=authority.info.origin)
+        self._mirror_events = Events(part="relay", namespace=namespace, tier=mirror.info.origin)
         self.relay = Relay(lazy=self._lazy) if relay is None else relay
         self._telemetry = Telemetry("off") if telemetry is None else telemetry
         self._clock = clock
@@ -161,7 +163,7 @@ class RelayThread:
                     event = self._handled(event)
             except Exception as exc:  # noqa: BLE001  # a defect of ours must not end the feeding: begin anew, and say so
                 self.crashes += 1
-                _log.error("veltrix.relay_crashed error=%s", told(exc))
+                self._events.tell("veltrix.relay_crashed", logging.ERROR, error=told(exc))
                 self._stopping.wait(1.0)
                 event = Refused(self._clock(), StoreError(f"the relay crashed ({type(exc).__name__}); see the log"))
             finally:
@@ -173,7 +175,9 @@ class RelayThread:
         with self._acting:
             decision = self.relay.handle(event)
             for notice in decision.notices:
-                tell(notice)
+                is_of_mirror = notice.event.startswith(("veltrix.relay_", "veltrix.mirror_"))
+                tell(notice, self._mirror_events if is_of_mirror else self._events)
+            settle()
         step = decision.step
         if self._filler is not None and isinstance(step, (Elect, Resign, Rest)):
             self._filler.rest()

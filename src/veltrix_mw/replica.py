@@ -341,6 +341,7 @@ class Replica:
         self._relist_within_s = relist_within_s
         self._max_age_s = max_age_s
         self._is_stale = False  # and that was told
+        self._is_failing = self._is_unconfirmed = False  # and those, too
         # Where we stand in the authority's history; None until something was taken.
         self._position: Position | None = None
         # The incarnation we serve under, where the authority's own label cannot be renewed: (its label, ours).
@@ -409,6 +410,7 @@ class Replica:
         if answered and not self._unconfirmed:
             self.error = None
         self._step = self._decide(event)
+        self._note_answers(event)
         self._note_age(event.now_s)
         publication = self._publication()
         notices = tuple(self._notices)
@@ -476,6 +478,7 @@ class Replica:
         found = listing.position
         if position is not None and self._is_restore(found, position):
             return self._renew(found.incarnation)
+        before = self.snapshot.rejected
         try:
             self._keyspace.restore(
                 listing,
@@ -499,8 +502,9 @@ class Replica:
         self._expected = None
         self._confirm_next(event.now_s)
         if listing.passed_over:
-            self._notice("veltrix.failover", "warning", reason=listing.passed_over, after_s=0.0)
+            self._notice("veltrix.failover", "warning", reason=listing.passed_over, after_s=0.0, tier=listing.origin)
         self._note_rejections({})
+        self._note_accepted(before)
         wanting = self._keyspace.wanting[:HISTORY_KEYS]
         return ReadHistory(wanting) if wanting else self._open_watch()
 
@@ -536,6 +540,7 @@ class Replica:
                 self._changed |= changed
             if self.snapshot.rejected is not before:
                 self._note_rejections(before)
+                self._note_accepted(before)
             expected = self._expected
             if expected is not None and expected.said.revision == batch.position.revision:
                 # While writes go on, each confirmation knows of something newer: this is when it is proved.
@@ -617,12 +622,13 @@ class Replica:
         """Watch on elsewhere: nothing has failed that is followed from here on."""
         self._unconfirmed = 0
         level = "info" if moved.mended else "warning"
-        self._notice("veltrix.failover", level, reason=str(moved), after_s=round(moved.after_s, 3))
+        self._notice("veltrix.failover", level, reason=str(moved), after_s=round(moved.after_s, 3), tier=moved.tier)
         return Sleep(moved.after_s)
 
     def _go_on_unconfirmed(self, event: Failed) -> Step:
         """Watch on and ask again later; what is served ages meanwhile."""
         if self._unconfirmed == 0:
+            self._is_unconfirmed = True
             self._notice(
                 "veltrix.confirm_failed", "warning", reason=str(event.error), error=public_class(event.error).__name__
             )
@@ -694,6 +700,7 @@ class Replica:
     def _back_off(self, error: StoreError) -> Step:
         self.error = error
         if self._failures == 0:
+            self._is_failing = True
             self._notice("veltrix.store_failed", "warning", reason=str(error), error=public_class(error).__name__)
             self.reconnects += 1
         delay_s = self._delay_s(BACKOFF_FIRST_S, self._failures)
@@ -731,6 +738,24 @@ class Replica:
             self._notice("veltrix.rejected", "warning", key=key, revision=why.revision, reason=why.reason)
         if len(held) > 20:
             self._notice("veltrix.rejected", "warning", more=len(held) - 20)
+
+    def _note_accepted(self, before: Mapping[str, Rejection]) -> None:
+        """Tell which keys are held back no more: a good change came, or they are gone."""
+        held = self.snapshot.rejected
+        accepted = [key for key in before if key not in held]
+        for key in accepted[:20]:
+            self._notice("veltrix.accepted", "info", key=key)
+        if len(accepted) > 20:
+            self._notice("veltrix.accepted", "info", more=len(accepted) - 20)
+
+    def _note_answers(self, event: Event) -> None:
+        """Tell once that what failed works again: where it would be told anew that it fails."""
+        if self._is_failing and not self._failures:
+            self._is_failing = False
+            self._notice("veltrix.store_answers", "info")
+        if self._is_unconfirmed and isinstance(event, (Listed, Confirmed)):
+            self._is_unconfirmed = False
+            self._notice("veltrix.confirmed", "info")
 
     def _note_age(self, now_s: float) -> None:
         """Tell once that what is served became stale, and once that it is current again."""

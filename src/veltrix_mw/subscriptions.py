@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
+from veltrix_mw.events import Events, told_after
 from veltrix_mw.faults import told
 from veltrix_mw.forking import anew_after_fork
 from veltrix_mw.snapshot import Change, Entry, Snapshot
@@ -16,8 +17,6 @@ from veltrix_mw.sorted_map import Item
 from veltrix_mw.values import MISSING, Missing
 
 __all__ = ["Callback", "Subscriptions", "changes_between"]
-
-_log = logging.getLogger("veltrix_mw")
 
 Callback = Callable[[tuple[Change, ...], Snapshot], None]
 
@@ -67,6 +66,7 @@ class _Subscription:
     def __init__(self, prefix: str, callback: Callback, snapshot: Snapshot) -> None:
         self._prefix = prefix
         self._callback = callback
+        self._events = Events(part="subscription")
         self._condition = threading.Condition()  # protects what follows
         self._heard = snapshot
         self._newest = snapshot
@@ -130,9 +130,10 @@ class _Subscription:
         except RuntimeError as exc:
             # No thread is to be had (the process ends, or is at its limit). The follower goes on; a later change
             # tries again, and brings what was missed.
-            _log.error("veltrix.subscriber_not_started prefix=%r error=%s", self._prefix, told(exc))
+            self._events.tell("veltrix.subscriber_not_started", logging.ERROR, prefix=self._prefix, error=told(exc))
         else:
             self._running = True
+            self._events.tell_end("veltrix.subscriber_started", prefix=self._prefix)
 
     def _run(self) -> None:
         condition = self._condition
@@ -159,7 +160,9 @@ class _Subscription:
         try:
             self._callback(changes, new)
         except Exception as exc:  # noqa: BLE001  # the caller's code may raise anything, with a value in what it says
-            _log.error("veltrix.subscriber_failed prefix=%r error=%s", self._prefix, told(exc))
+            self._events.tell("veltrix.subscriber_failed", logging.ERROR, prefix=self._prefix, error=told(exc))
+        else:
+            self._events.tell_end("veltrix.subscriber_recovered", prefix=self._prefix)
 
 
 class Subscriptions:
@@ -177,7 +180,7 @@ class Subscriptions:
         A call that is under way when that is called goes on; none follows it.
         """
         subscription = _Subscription(prefix, callback, snapshot)
-        with self._lock:
+        with told_after(), self._lock:
             self._all = (*self._all, subscription)
             # What was offered between the caller's look at the snapshot and this lock would never be heard.
             if self._newest is not None and self._newest is not snapshot:
@@ -195,7 +198,7 @@ class Subscriptions:
 
     def offer(self, snapshot: Snapshot, changed: frozenset[str] | None) -> None:
         """Tell all of a new snapshot; never blocks on a callback."""
-        with self._lock:
+        with told_after(), self._lock:
             self._newest = snapshot
             for subscription in self._all:
                 subscription.offer(snapshot, changed)
@@ -208,7 +211,7 @@ class Subscriptions:
 
     def resume(self) -> None:
         """Begin again after `close`, or in a forked child: what was not heard then is heard now."""
-        with self._lock:
+        with told_after(), self._lock:
             for subscription in self._all:
                 subscription.resume()
 

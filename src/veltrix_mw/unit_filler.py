@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, TypeGuard
 
 from veltrix_mw.errors import StoreError, VeltrixError
+from veltrix_mw.events import Events
 from veltrix_mw.faults import told
 from veltrix_mw.follower import CALL_TIMEOUT_S, halted_for_forks
 from veltrix_mw.keys import is_key, unit_of
@@ -29,8 +30,6 @@ from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import Missing
 
 __all__ = ["UnitFiller", "can_be_filled"]
-
-_log = logging.getLogger("veltrix_mw")
 
 AT_ONCE: Final = 500  # units in one reading: eight transactions of etcd, full ones
 WAIT_S: Final = 0.25  # of one wait for names: who stops the filler waits for no longer
@@ -52,6 +51,7 @@ class UnitFiller:
         self._authority = authority
         self._mirror = mirror
         self._lazy = authority.info.lazy
+        self._events = Events(part="filler", namespace=authority.info.namespace, tier=authority.info.origin)
         self._telemetry = Telemetry("off") if telemetry is None else telemetry
         self._stopping = threading.Event()
         self._acting = threading.RLock()  # held while a fork has to wait
@@ -131,7 +131,7 @@ class UnitFiller:
             except VeltrixError:
                 self._stopping.wait(PAUSE_S)  # who waits for the units reads the authority
             except Exception as exc:  # noqa: BLE001  # a defect of ours must not end the filling: go on, and say so
-                _log.error("veltrix.filler_crashed error=%s", told(exc))
+                self._events.tell("veltrix.filler_crashed", logging.ERROR, error=told(exc))
                 self._stopping.wait(PAUSE_S)
 
     def _fill(self, names: Sequence[str]) -> None:
@@ -160,8 +160,10 @@ class UnitFiller:
                 self._mirror.fill_units(lease, self._position, units, names, timeout_s=CALL_TIMEOUT_S)
                 self.filled += len(units)
         except StoreError as exc:
-            _log.info("veltrix.fill_failed units=%d reason=%r", len(lacking), str(exc))
+            self._events.tell("veltrix.fill_failed", logging.INFO, units=len(lacking), reason=str(exc))
             raise
+        else:
+            self._events.tell_end("veltrix.filled")
         finally:
             with self._lock:
                 if reading is self._reading:

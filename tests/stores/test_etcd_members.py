@@ -373,7 +373,9 @@ def test_a_user_that_nobody_checks_is_told_once_and_used_once_there_is_one(
         assert "secret-1" not in told
         cluster.turn_auth_on(writer="secret-1")
         cluster.grant("writer", "shop/")
-        assert write(to)
+        with caplog.at_level("INFO", "veltrix_mw"):
+            assert write(to)
+        assert f"veltrix.user_checked host='127.0.0.1:{cluster.members[0].port}'" in caplog.messages
         with pytest.raises(AuthFailed, match="refused user 'writer'"):
             write(members(cluster.hosts, user="writer", password="wrong"))
 

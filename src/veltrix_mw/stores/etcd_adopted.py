@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol, TypeVar
 import grpc
 
 from veltrix_mw.errors import SettingsError, StoreUnavailable
+from veltrix_mw.faults import without_credentials
 from veltrix_mw.settings import Host
 from veltrix_mw.stores.etcd_grpc import GrpcStream, ask, meaning
 from veltrix_mw.stores.etcd_members import Failed
@@ -95,14 +96,18 @@ class Adopted:
             raise meaning(exc, host) from exc
         except ValueError as exc:
             # gRPC's own for a channel that was closed; a message that is none.
-            raise Failed(f"the etcd client that was handed in cannot be used ({exc})", in_vain=True) from exc
+            raise Failed(
+                f"the etcd client that was handed in cannot be used ({without_credentials(str(exc))})", in_vain=True
+            ) from exc
 
     def watch(self, host: Host, creates: Sequence[WatchCreate], *, token: str, by_s: float) -> GrpcStream:  # noqa: ARG002
         self._check()
         try:
             return GrpcStream(_Lent(self._client.channel), creates, self._metadata(), host, most_s=_STREAM_MOST_S)
         except ValueError as exc:
-            raise Failed(f"the etcd client that was handed in cannot be used ({exc})", in_vain=True) from exc
+            raise Failed(
+                f"the etcd client that was handed in cannot be used ({without_credentials(str(exc))})", in_vain=True
+            ) from exc
 
     def drop(self, host: Host | None = None) -> None:
         """Nothing: what is open is the application's."""

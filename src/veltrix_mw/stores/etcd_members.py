@@ -19,6 +19,7 @@ from random import SystemRandom
 from typing import Final, Protocol, TypeVar
 
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, StoreError, StoreUnavailable
+from veltrix_mw.events import Events
 from veltrix_mw.protocols import CertificateFault, Leaderless, NotLetIn, NotPermitted, Silent
 from veltrix_mw.settings import Host, shown
 from veltrix_mw.stores.etcd_messages import (
@@ -56,7 +57,7 @@ _PREFERRED_AFTER_S: Final = 60.0  # how long after a failover the member of firs
 _PAUSE_FIRST_S: Final = 0.05  # between rounds over all members, doubled each time, with full jitter
 _PAUSE_MOST_S: Final = 0.5
 
-_log = logging.getLogger("veltrix_mw")
+_events = Events(tier="etcd")
 
 _random: Final = SystemRandom()  # not the module's generator, which an application may have seeded for itself
 
@@ -501,6 +502,7 @@ class Members:
             raise
         with here.lock:
             here.token, here.is_open = answer.token, False
+        _events.tell_end("veltrix.user_checked", host=shown(host))
 
     def _not_authenticated(self, here: _Here, host: Host, refused: Refused) -> None:
         """Return where no user is needed; raise what is to be done otherwise."""
@@ -510,10 +512,13 @@ class Members:
             with here.lock:
                 is_known, here.is_open = here.is_open, True
             if not is_known:
-                _log.warning(
-                    "veltrix.user_unused: etcd at %s has authentication off and checked neither user nor password; "
-                    "turn it on (etcdctl auth enable), or leave user and password out",
-                    shown(host),
+                _events.tell(
+                    "veltrix.user_unused",
+                    logging.WARNING,
+                    f"etcd at {shown(host)} has authentication off and checked neither user nor password; turn it on "
+                    "(etcdctl auth enable), or leave user and password out",
+                    once=True,
+                    host=shown(host),
                 )
             return
         if isinstance(meaning, _TokenRefused):

@@ -382,7 +382,11 @@ class MirroredStore:
             leaving, after_s = self._tiers.is_leaving, self._tiers.next_move_s(self._clock())
         if not leaving or self._tiers.current is Tier.MIRROR:
             return error
-        return Moved(f"the mirror is well, and followed while the authority is not: {error}", after_s=after_s)
+        return Moved(
+            f"the mirror is well, and followed while the authority is not: {error}",
+            after_s=after_s,
+            tier=self.mirror_origin,
+        )
 
     def _left_mirror(self, error: StoreError) -> StoreError:
         """What to raise where the mirror failed as it was followed."""
@@ -400,7 +404,7 @@ class MirroredStore:
                     return StoreUnavailable(f"the mirror cannot be followed: {self._tiers.fault or error}")
         with self._lock:
             after_s = self._tiers.leave(self._clock())
-        return Moved(f"the mirror is left for the authority: {error}", after_s=after_s)
+        return Moved(f"the mirror is left for the authority: {error}", after_s=after_s, tier=self.info.origin)
 
     def _not_listed(self) -> StoreError:
         """What to raise where the mirror cannot be listed, and what is served can wait.
@@ -502,7 +506,9 @@ class _AuthorityWatch:
                 due, looking, look_s = tiers.is_due(now_s), tiers.is_looking_due(now_s), tiers.look_in_s(now_s)
             if due:
                 again = " again" if store._was_followed else ""
-                raise Moved(f"the mirror is well{again}, and followed from here on", mended=True)
+                raise Moved(
+                    f"the mirror is well{again}, and followed from here on", mended=True, tier=store.mirror_origin
+                )
             if looking and not self._closed:
                 store._ask_mirror(LOOK_TIMEOUT_S)
                 continue
