@@ -179,6 +179,8 @@ if __name__ == "__main__":
             with client:
                 with contextlib.suppress(Conflict):
                     write_base()
-                write_tenants(*map(int, tenants))
+                count = int(tenants[0]) if tenants else TENANTS
+                write_tenants(count)
+                print(f"{count:,} tenants are written")
         case _:
             sys.exit("usage: python examples/tenants_app.py seed [TENANTS]; the app itself: see the first lines")

@@ -252,8 +252,8 @@ class View(Mapping[str, Any]):
         if why:
             return NotLoaded(f"{name!r} lies in the lazy unit {unit!r}, which could not be loaded: {why}")
         return NotLoaded(
-            f"{name!r} lies in the lazy unit {unit!r}, which is not loaded: fetch it first, by view.fetch({name!r}) or "
-            "the middleware's prefetch="
+            f"{name!r} lies in the lazy unit {unit!r}, which is not loaded: fetch it first, by view.fetch({name!r}), "
+            "in a coroutine by await view.afetch(...), or by the middleware's prefetch="
         )
 
     def _keep(self, unit: str, found: Snapshot | str, most: int = _UNITS) -> None:
