@@ -43,6 +43,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "last_changes",
             "lazy",
             "unit_filler",
+            "unit_portions",
             "unit_reader",
             "fleet",
             "leases",

@@ -257,10 +257,31 @@ def test_what_became_late_while_a_call_was_under_way_is_not_loaded_after_it() ->
         late = batcher.submit("a")
         clock.now_s += WITHIN_S
         backend.let_go()
-        wait_until(lambda: late.landed, WITHIN_S, reason="the late one ends")
+        wait_until(lambda: late not in batcher._flights._flights.values(), WITHIN_S, reason="the late one ends")
+        assert not late.landed
         assert first.landed
         assert batcher.load("b") == "B"
     assert backend.batches == [["x"], ["b"]]
+
+
+def test_who_has_more_time_than_what_became_late_in_the_queue_is_given_another_flight() -> None:
+    backend, clock = Backend(held=True), Clock()
+
+    async def main(batcher: Batcher[str, str]) -> str:
+        batcher.submit("a")
+        backend.wait_entered()
+        flight = batcher.submit("b")
+        clock.now_s += 1
+        asked = asyncio.ensure_future(batcher.aload("b", timeout_s=600))
+        await until(lambda: bool(flight._waiting))
+        clock.now_s += 60
+        backend.let_go()
+        with pytest.raises(StoreUnavailable, match="60 s"):
+            await flight.aresult()
+        return await asked
+
+    with Batcher(backend, clock=clock, timeout_s=60) as batcher:
+        assert asyncio.run(main(batcher)) == "B"
 
 
 def test_a_call_that_hangs_holds_up_nobody_beyond_its_time_and_its_thread_ends_with_it() -> None:

@@ -221,7 +221,8 @@ class Batcher(Generic[K, V]):
         """Whether there is something to load, be it that was awaited for long enough. Needs the lock."""
         if self._parked:
             now_s = self._clock()
-            for key in [key for key, (_, until_s) in self._parked.items() if until_s <= now_s]:
+            due = [key for key, (_, until_s) in self._parked.items() if until_s <= now_s]
+            for key in reversed(due):  # each goes before the others: they keep their order
                 self._waiting.appendleft((key, self._parked.pop(key)[0]))
         return bool(self._waiting)
 
@@ -291,7 +292,7 @@ def _fail(flights: Sequence[Flight[V]], error: BaseException) -> None:
 
 def _end(late: Sequence[Flight[V]]) -> None:
     for flight in late:
-        flight.fail(flight.too_late(flight.deadline_s))
+        flight.end()
 
 
 def _closed() -> StoreUnavailable:
