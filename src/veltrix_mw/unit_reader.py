@@ -25,9 +25,10 @@ from typing import Any, Final, Protocol, TypeVar
 from veltrix_mw.coalesce.batcher import Batcher, Elsewhere
 from veltrix_mw.coalesce.flight import Flight
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, NotReady, Overloaded, StoreError, StoreUnavailable
-from veltrix_mw.lazy import LazyUnits, Reading, Unit
-from veltrix_mw.protocols import Filled, FoundUnits, MirroredUnit, MirrorState, Position, RawUnit, Unitary
-from veltrix_mw.replica import Publication
+from veltrix_mw.follower import HISTORY_LIMIT, tell
+from veltrix_mw.lazy import LazyUnits, Reading, Remember, Unit
+from veltrix_mw.protocols import Filled, FoundUnits, MirroredUnit, MirrorState, Position, RawUnit, RawVersion, Unitary
+from veltrix_mw.replica import HISTORY_KEYS, Notice, Publication
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import FetchOutcome, Telemetry
 from veltrix_mw.unit_portions import Portions, may_fit_halved, sizes_of
@@ -57,8 +58,11 @@ DIRECT_PER_S: Final = 200
 
 DIRECT_AT_ONCE: Final = 2_000
 
+_HISTORY_SHARE: Final = 0.75  # of a call's time, within which histories of keys may be read beside the units
+_RECOVERED_WITHIN_S: Final = 1.0  # then a unit of the mirror's is given out without what the authority remembers
 _BARRED_S: Final = 60.0  # how long a process does not ask whom the mirror does not let ask
 _SWEEP_S: Final = 1.0
+_MOST_TOLD: Final = 20  # rejections at a time that are logged one by one
 
 # What a flight is for: a unit that is held from then on, by its name; or one as of a view's revision, which is not.
 _Past = tuple[str, str, int]  # name, incarnation, revision
@@ -103,6 +107,12 @@ def _too_many() -> Overloaded:
     return Overloaded("more lazy units were to be read than one process may read; retry later")
 
 
+class Source(Unitary, Protocol):
+    """The store that units are read from, and the history of their keys."""
+
+    def history(self, key: str, *, limit: int, timeout_s: float) -> Sequence[RawVersion]: ...
+
+
 class Mirrored(Protocol):
     """A mirror of the store that is followed, or not, and may hold units."""
 
@@ -122,7 +132,9 @@ class _Awaited:
     ends_s: float
     most_s: float = -math.inf  # until when the relay may take while it fills others
     is_direct: bool = False
-    early: tuple[Reading, MirroredUnit] | None = None  # as of a revision that is not reached
+    # What the mirror has of it: of a revision that is not reached; or, where it is direct, with keys that lack a good
+    # value, which the authority may remember.
+    early: tuple[Reading, MirroredUnit] | None = None
 
 
 class UnitReader:
@@ -133,7 +145,7 @@ class UnitReader:
 
     def __init__(
         self,
-        store: Unitary,
+        store: Source,
         units: LazyUnits,
         *,
         mirrored: Mirrored | None = None,
@@ -198,6 +210,14 @@ class UnitReader:
         self._units.take(publication)
         if self._early:
             self._batcher.wake(self._early.copy())
+
+    def tell_rejected(self) -> None:
+        """Log what was held back in units since this was called last."""
+        untold = self._units.untold()
+        for key, why in untold[:_MOST_TOLD]:
+            tell(Notice("veltrix.rejected", "warning", {"key": key, "revision": why.revision, "reason": why.reason}))
+        if len(untold) > _MOST_TOLD:
+            tell(Notice("veltrix.rejected", "warning", {"more": len(untold) - _MOST_TOLD}))
 
     def _filled(self, names: Sequence[str]) -> None:
         self._filled_at_s = self._clock()
@@ -371,6 +391,7 @@ class UnitReader:
             if admitted:
                 read.update(self._read_mirrored(admitted, self._mirrored))
         read.update(self._read_pasts(pasts, self._rate))
+        self.tell_rejected()
         return read
 
     def _known(self, name: str) -> Unit | InvalidValue | None:
@@ -388,6 +409,7 @@ class UnitReader:
         return read
 
     def _read_portion(self, names: Sequence[str]) -> dict[str, Any]:
+        asked_s = self._clock()
         try:
             reading = self._units.begin(names)
             if reading is None:
@@ -395,7 +417,7 @@ class UnitReader:
             try:
                 found = self._ask(names, reading.position)
                 self._came_from(self._origin, names)
-                landed = self._units.land(reading, found)
+                landed = self._units.land(reading, found, self._remembering(asked_s))
                 return {name: landed.get(name) or InvalidValue(raw.refused) for name, raw in found.items()}
             finally:
                 self._units.end(reading)
@@ -413,6 +435,29 @@ class UnitReader:
         found = self._store.read_units(names, position, timeout_s=granted_s)
         self._portions.learn(sizes_of(found))
         return found
+
+    def _remembering(self, asked_s: float) -> Remember:
+        """Reads the history of keys, in what is left of the time of a reading that was begun then.
+
+        Who waits for the unit is given it all the same where the history does not come: as at a start.
+        """
+        until_s = asked_s + self._timeout_s * _HISTORY_SHARE
+
+        def remember(keys: Sequence[str], revision: int) -> Mapping[str, Sequence[RawVersion]]:
+            versions: dict[str, Sequence[RawVersion]] = {}
+            for key in keys[:HISTORY_KEYS]:
+                left_s = until_s - self._clock()
+                if left_s <= 0:
+                    break
+                try:
+                    kept = self._store.history(key, limit=HISTORY_LIMIT, timeout_s=left_s)
+                except StoreError as exc:
+                    tell(Notice("veltrix.history_unread", "warning", {"reason": str(exc)}))
+                    break
+                versions[key] = [version for version in kept if version.revision <= revision]
+            return versions
+
+        return remember
 
     def _again_or(self, error: Exception, names: Sequence[str]) -> Exception | Elsewhere:
         """What becomes of units whose reading failed: another one at once, of fewer, where that may do."""
@@ -488,7 +533,7 @@ class UnitReader:
             portions.learn(dict.fromkeys(looked, 0) | sizes_of({name: each.unit for name, each in found.units.items()}))
             self.units_read["mirror"] += len(found.units)
             reached = {name: unit for name, unit in found.units.items() if self._units.has_reached(unit.revision)}
-            self._land(reading, reached, read)
+            self._land(reading, reached, read, looked)
             early = [name for name in found.units if name not in reached]
             kept = self._units.keep(reading, early) if early else reading
             for name in early:
@@ -499,18 +544,47 @@ class UnitReader:
         finally:
             self._units.end(reading)
 
-    def _land(self, reading: Reading, units: Mapping[str, MirroredUnit], read: dict[str, Any]) -> None:
-        landed = self._units.land_mirrored(reading, units)
+    def _land(
+        self,
+        reading: Reading,
+        units: Mapping[str, MirroredUnit],
+        read: dict[str, Any],
+        awaited: Mapping[str, _Awaited],
+    ) -> None:
+        judged = self._units.judge(reading, units)
+        recovering = {
+            name
+            for name, each in judged.items()
+            if each.wanting
+            and not awaited[name].is_direct
+            and self._recovers(name, awaited[name], reading, units[name])
+        }
+        landed = self._units.settle(reading, {name: each for name, each in judged.items() if name not in recovering})
         if self._mirrored is not None:
-            self._came_from(self._mirrored.mirror_origin, units)
+            self._came_from(self._mirrored.mirror_origin, landed)
         for name, mirrored in units.items():
-            read[name] = landed.get(name) or InvalidValue(mirrored.unit.refused)
+            if name not in recovering:
+                read[name] = landed.get(name) or InvalidValue(mirrored.unit.refused)
+
+    def _recovers(self, name: str, awaited: _Awaited, reading: Reading, mirrored: MirroredUnit) -> bool:
+        """Whether the authority is asked for a unit whose last good values the mirror does not know."""
+        refused: dict[str, Any] = {}
+        self._go_direct(name, awaited, refused)
+        if refused:
+            return False
+        if awaited.early is None:
+            awaited.early = self._units.keep(reading, [name]), mirrored
+        self._early.discard(name)
+        awaited.ends_s = min(awaited.ends_s, self._clock() + _RECOVERED_WITHIN_S)
+        return True
 
     def _land_early(self, awaited: Mapping[str, _Awaited], read: dict[str, Any]) -> None:
         for name, unit in awaited.items():
-            if name not in read and unit.early is not None and self._units.has_reached(unit.early[1].revision):
-                reading, mirrored = unit.early
-                self._land(reading, {name: mirrored}, read)
+            if name in read or unit.early is None or unit.is_direct:
+                continue
+            reading, mirrored = unit.early
+            if self._units.has_reached(mirrored.revision):
+                self._land(reading, {name: mirrored}, read, awaited)
 
     def _want(
         self, lacking: Mapping[str, _Awaited], state: MirrorState | None, mirrored: Mirrored
@@ -557,13 +631,18 @@ class UnitReader:
             self._batcher.wake(name for name in names if name in brought)
         pasts = [each for each in wanted if not isinstance(each, str)]
         read.update(self._read_pasts(pasts, self._rate, self._direct_rate))
+        self.tell_rejected()
         return read
 
     def _take_direct(self, name: str, awaited: _Awaited, now_s: float, read: dict[str, Any]) -> None:
-        if name in self._brought:
-            read[name] = self._brought[name]
-        elif awaited.ends_s <= now_s:
-            read[name] = StoreUnavailable("the store gave no answer in time; try again")
+        brought = self._brought.get(name)
+        if brought is None and awaited.ends_s > now_s:
+            return
+        if awaited.early is not None and not isinstance(brought, Unit):
+            reading, mirrored = awaited.early  # without what the authority might have remembered
+            self._land(reading, {name: mirrored}, read, {name: awaited})
+        else:
+            read[name] = brought or StoreUnavailable("the store gave no answer in time; try again")
 
     def _let_go(self, name: str) -> None:
         awaited = self._awaited.pop(name, None)
@@ -598,14 +677,18 @@ class UnitReader:
 
     def _read_past(self, names: Sequence[str], incarnation: str, revision: int) -> _Brought:
         pasts = {name: (name, incarnation, revision) for name in names}
+        asked_s = self._clock()
         try:
             position = self._units.position_of(incarnation, revision)
             if position is None:
                 raise Compacted("the store's history was replaced")
             found = self._ask(names, position)
             self._came_from(self._origin, pasts.values())
+            remember = self._remembering(asked_s)
             return {
-                pasts[name]: InvalidValue(raw.refused) if raw.refused else self._units.past(raw, incarnation, revision)
+                pasts[name]: InvalidValue(raw.refused)
+                if raw.refused
+                else self._units.past(raw, incarnation, revision, remember)
                 for name, raw in found.items()
             }
         except Compacted as exc:
