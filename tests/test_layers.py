@@ -23,7 +23,19 @@ CORE: Final = "veltrix_mw"
 # the module and all below it.
 RANKS: Final[tuple[frozenset[str], ...]] = (
     frozenset(
-        {"errors", "version", "faults", "forking", "awaiting", "keys", "pinning", "values", "telemetry", "words"}
+        {
+            "errors",
+            "version",
+            "faults",
+            "forking",
+            "awaiting",
+            "background",
+            "keys",
+            "pinning",
+            "values",
+            "telemetry",
+            "words",
+        }
     ),
     frozenset({"sorted_map", "snapshot"}),
     frozenset({"operations", "protocols", "settings", "findings", "freshness"}),

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeGuard
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.errors import StoreError, VeltrixError
 from veltrix_mw.faults import told
 from veltrix_mw.follower import CALL_TIMEOUT_S, halted_for_forks
@@ -85,8 +86,8 @@ class UnitFiller:
             self._reading = {}
             if self._thread is None and not self._stopping.is_set():
                 halted_for_forks(self)
-                self._thread = threading.Thread(
-                    target=contextvars.Context().run, args=(self._run,), name="veltrix-filler", daemon=True
+                self._thread = BackgroundThread(
+                    target=contextvars.Context().run, args=(self._run,), name="veltrix-filler"
                 )
                 self._thread.start()
             self._lock.notify_all()

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.coalesce.flight import Flight
 from veltrix_mw.coalesce.single_flight import TIMEOUT_S, SingleFlight
 from veltrix_mw.errors import Overloaded, StoreError, StoreUnavailable
@@ -185,9 +186,7 @@ class Batcher(Generic[K, V]):
         if hangs and (since_s is None or self._clock() < since_s + self._timeout_s or self._hung >= MAX_HUNG):
             return
         # An empty context: what is loaded for many is no child of the request that happened to ask first.
-        other = threading.Thread(
-            target=contextvars.Context().run, args=(self._run,), name="veltrix-batcher", daemon=True
-        )
+        other = BackgroundThread(target=contextvars.Context().run, args=(self._run,), name="veltrix-batcher")
         self._thread, self._calling_since_s = other, None
         self._hung += hangs  # whoever waits for its call has given up; it ends when that returns
         try:

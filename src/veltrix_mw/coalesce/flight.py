@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, Generic, TypeVar
 
 from veltrix_mw.awaiting import running_trio
+from veltrix_mw.background import Signal
 from veltrix_mw.errors import StoreUnavailable
 
 __all__ = ["Flight"]
@@ -64,7 +65,7 @@ class Flight(Generic[T]):
         self.began_s: float = clock()
         self.deadline_s: float = self.began_s + timeout_s
         self._on_landing = on_landing
-        self._landed = threading.Event()
+        self._landed = Signal()
         self._lock = threading.Lock()  # protects what follows until it has landed; held for a few assignments
         self._result: Any = _UNSET
         self._error: BaseException | None = None
