@@ -20,6 +20,7 @@ from veltrix_mw.protocols import (
     MirroredUnit,
     MirrorState,
     Position,
+    RawChange,
     RawUnit,
     Silent,
     TooMuch,
@@ -334,3 +335,44 @@ def test_reads_of_the_past_count_as_direct_ones(
     refused = reader.load(["users/1"], early)["users/1"]
     assert type(refused).__name__ == "Overloaded", refused
     assert len(store.asked) == 1
+
+
+# --- units that are ahead of what is followed
+
+
+class AheadMirror(NarrowMirror):
+    """Holds units as of revisions that are not reached yet, each its own."""
+
+    def find_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> FoundUnits | None:
+        units = {
+            name: MirroredUnit(RawUnit(((name, b"1", 1),)), at, at)
+            for name, at in zip(("users/1", "users/2"), (2, 3), strict=True)
+            if name in names
+        }
+        return FoundUnits(MirrorState(position, lazy=LAZY, relay="the-relay"), units)
+
+
+def test_units_that_were_found_ahead_in_one_look_land_each_by_itself_and_are_held() -> None:
+    units, mirror = LazyUnits(LAZY, Schemas({}), UnitCache()), AheadMirror(9, [0.0])
+
+    def follow(revision: int, *changes: RawChange) -> Snapshot:
+        pinned = Snapshot(revision=revision, incarnation="one", origin="redis")
+        changed = None if revision == 1 else frozenset[str]()
+        lazy_changes = ((revision, changes),) if changes else ()
+        units.take(Publication(pinned, changed, (), Position("one", revision), lazy_changes=lazy_changes))
+        return pinned
+
+    follow(1)
+    reader = UnitReader(NarrowStore(0), units, mirrored=mirror, clock=lambda: 0.0)
+    first = reader._read(["users/1", "users/2"])
+    assert all(isinstance(each, Elsewhere) for each in first.values())
+    follow(2)
+    assert not isinstance(reader._read(["users/1"])["users/1"], Elsewhere)
+    follow(3)
+    pinned = follow(4, RawChange("users/2", b"2"))
+    assert not isinstance(reader._read(["users/2"])["users/2"], Elsewhere)
+    assert units.held == 2
+    found = units.get("users/2", pinned)
+    assert found is not None
+    assert dict(found) == {"users/2": 2}
+    assert not units._readings

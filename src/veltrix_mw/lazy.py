@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from veltrix_mw.keys import MAX_KEY_BYTES, unit_of
+from veltrix_mw.keys import unit_of
 from veltrix_mw.keyspace import Keyspace
 from veltrix_mw.last_changes import LastChanges
 from veltrix_mw.protocols import Batch, Listing, MirroredUnit, Position, RawChange, RawUnit, RawVersion
@@ -36,7 +36,6 @@ _EARLIER: Final = 4  # versions of a held unit beside the newest: a request read
 _REFUSED: Final = 1_000
 _UNIT_BYTES: Final = 1_000  # what a unit takes beside its keys and values ...
 _ENTRY_BYTES: Final = 200  # ... and a key beside its name and its JSON text
-_MOST_BYTES: Final = MAX_UNIT_BYTES + MAX_UNIT_KEYS * (_ENTRY_BYTES + MAX_KEY_BYTES)  # of a unit within the bounds
 
 # What one revision changed of one unit.
 _Step = tuple[int, tuple[RawChange, ...]]
@@ -384,7 +383,7 @@ class LazyUnits:
         return Unit(unit.incarnation, versions, unit.until, size)
 
     def _hold(self, name: str, unit: Unit, *, is_new: bool = True) -> None:
-        if unit.size > _MOST_BYTES or len(unit.versions[0][1]) > MAX_UNIT_KEYS:
+        if _is_beyond(unit):
             self._cache.discard(name)  # whoever asks for it reads it anew, and is told if it is beyond the bounds
         elif is_new:
             self._cache.put(name, unit, unit.size)
@@ -399,6 +398,20 @@ def _recover(keyspace: Keyspace, revision: int, remember: Remember) -> None:
     """Let what has no good value have the last one that was good up to that revision."""
     if wanting := keyspace.wanting:
         keyspace.recover(remember(wanting, revision))
+
+
+def _is_beyond(unit: Unit) -> bool:
+    """Whether it may be more than a reading of it would take: its size is no less than what it has."""
+    newest = unit.versions[0][1]
+    if len(newest) > MAX_UNIT_KEYS:
+        return True
+    if unit.size <= MAX_UNIT_BYTES:
+        return False
+    named = (
+        *newest,
+        *(key for key, why in newest.rejected.items() if not why.deleted and newest._entries.item(key) is None),
+    )
+    return unit.size > MAX_UNIT_BYTES + _UNIT_BYTES + sum(_ENTRY_BYTES + len(key) for key in named)
 
 
 def _grown_by(change: RawChange, before: Snapshot) -> int:

@@ -535,9 +535,9 @@ class UnitReader:
             reached = {name: unit for name, unit in found.units.items() if self._units.has_reached(unit.revision)}
             self._land(reading, reached, read, looked)
             early = [name for name in found.units if name not in reached]
-            kept = self._units.keep(reading, early) if early else reading
             for name in early:
-                looked[name].early = kept, found.units[name]
+                # A reading each, as each ends by itself: after that no changes are kept for what is in it.
+                looked[name].early = self._units.keep(reading, [name]), found.units[name]
                 looked[name].due_s = self._clock() + FILLED_WITHIN_S
                 self._early.add(name)
             return found

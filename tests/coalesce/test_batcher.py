@@ -468,6 +468,31 @@ def test_what_nobody_brings_goes_with_a_batch_again_when_its_time_is_over() -> N
         waiting.result(WITHIN_S)
 
 
+def test_a_call_that_another_took_the_place_of_takes_no_flight_from_it() -> None:
+    clock, calls, ends = Clock(), list[int](), [threading.Event(), threading.Event()]
+
+    def load_many(keys: Sequence[str]) -> Mapping[str, Any]:
+        calls.append(number := len(calls))
+        if number < 2:
+            assert ends[number].wait(WITHIN_S)
+            return dict.fromkeys(keys, Elsewhere(1e9))
+        return {key: key.upper() for key in keys}
+
+    with Batcher(load_many, clock=clock, timeout_s=60) as batcher:
+        first = batcher.submit("a")
+        wait_until(lambda: calls == [0], WITHIN_S, reason="the first call is under way")
+        clock.now_s += 60
+        second = batcher.submit("a")
+        wait_until(lambda: calls == [0, 1], WITHIN_S, reason="another one took its place")
+        batcher.wake(["a"])  # before the second has left it to others
+        ends[0].set()
+        wait_until(lambda: batcher._hung == 0, WITHIN_S, reason="the first call has returned")
+        ends[1].set()
+        assert second.result(WITHIN_S) == "A"
+        assert not first.landed
+        assert not batcher._parked
+
+
 def test_what_is_awaited_counts_among_what_waits() -> None:
     backend = Backend()
     with Batcher(backend, max_waiting=1) as batcher:

@@ -86,7 +86,7 @@ class Batcher(Generic[K, V]):
         self._waiting: deque[tuple[K, Flight[V]]] = deque()
         self._thread: threading.Thread | None = None  # the one that takes from the queue
         self._parked: dict[K, tuple[Flight[V], float]] = {}  # what is brought elsewhere, and until when that is awaited
-        self._calling: set[K] = set()  # what the calls that are under way were given
+        self._calling: dict[K, Flight[V]] = {}  # what the calls that are under way were given, of each key the last
         self._woken: set[K] = set()  # what of that was woken meanwhile
         self._calling_since_s: float | None = None  # when the thread's call began
         self._hung = 0  # threads that another took the place of, and whose call has not returned
@@ -209,7 +209,7 @@ class Batcher(Generic[K, V]):
                     return
                 late = self._without_late()
                 batch = [self._waiting.popleft() for _ in range(min(self._max_items, len(self._waiting)))]
-                self._calling.update(key for key, _ in batch)
+                self._calling.update(batch)
                 self._calling_since_s = self._clock()
             _end(late)
             if batch:
@@ -245,24 +245,31 @@ class Batcher(Generic[K, V]):
 
     def _park(self, batch: Sequence[tuple[K, Flight[V]]], answers: Sequence[Any]) -> None:
         """The call has ended: keep what it left to others, unless that was woken already."""
+        late: list[Flight[V]] = []
         with self._condition:
             for (key, flight), answer in zip(batch, answers, strict=True):
-                self._calling.discard(key)
-                is_woken = key in self._woken
-                self._woken.discard(key)
+                # Else another call took the place of this one, and what was woken since then is that one's.
+                is_last = self._calling.get(key) is flight
+                is_woken = is_last and key in self._woken
+                if is_last:
+                    del self._calling[key]
+                    self._woken.discard(key)
                 if not isinstance(answer, Elsewhere) or self._closed:
                     continue
-                if is_woken:
+                if flight.deadline_s <= self._clock():
+                    late.append(flight)  # who asked since then waits for another flight, which may be kept already
+                elif is_woken:
                     self._waiting.appendleft((key, flight))
                 else:
                     self._parked[key] = flight, answer.until_s
             self._condition.notify_all()  # who waits may be another thread, and has to wait less long
+        _end(late)
 
     def _after_fork(self) -> None:
         self._condition = threading.Condition()
         self._waiting = deque()
         self._parked = {}
-        self._calling = set()
+        self._calling = {}
         self._woken = set()
         self._thread = None
         self._calling_since_s = None
