@@ -136,7 +136,7 @@ def test_what_is_known_steers_the_next_portion() -> None:
 def test_absent_units_say_nothing_of_those_that_are_there() -> None:
     portions = Portions(500)
     names = [f"users/{number}" for number in range(1_000)]
-    for count in (16, 32, 64, 128, 256, 500, 500):
+    for count in (FIRST_UNITS, 16, 32, 64, 128, 256, 500, 500):
         assert len(portions.first(names)) == count
         portions.learn(dict.fromkeys(names[:count], 0))
     portions.learn({"users/a": 2_000_000})
@@ -150,6 +150,10 @@ def test_what_failed_is_tried_by_half_and_in_half_the_time() -> None:
     names = [f"users/{number}" for number in range(500)]
     assert portions.grant_s(names[:16], 2.0) == 1.0
     assert portions.halve(names[:16])
+    assert len(portions.first(names)) == 8
+    assert portions.halve(names[:8])
+    assert len(portions.first(names)) == 4
+    portions.learn(dict.fromkeys(names[:8], 1_000))
     assert len(portions.first(names)) == 8
     portions.learn(dict.fromkeys(names[:8], 1_000))
     assert [portions.grant_s(names[:count], 2.0) for count in (1, 8, 9)] == [2.0, 2.0, 1.0]
@@ -214,7 +218,7 @@ class NarrowMirror:
 
 def test_a_mirror_with_too_much_to_say_is_asked_for_fewer_and_not_left_for_the_authority() -> None:
     now_s = [100.0]
-    mirror = NarrowMirror(4, now_s)
+    mirror = NarrowMirror(3, now_s)
     units, position = LazyUnits(LAZY, Schemas({}), UnitCache()), Position("one", 1)
     units.take(Publication(Snapshot(revision=1, incarnation="one", origin="redis"), None, (), position))
     reader = UnitReader(NarrowStore(0), units, mirrored=mirror, clock=lambda: now_s[0], timeout_s=1_000)
@@ -223,7 +227,7 @@ def test_a_mirror_with_too_much_to_say_is_asked_for_fewer_and_not_left_for_the_a
         read = reader._read(left)
         assert all(each.until_s <= now_s[0] for each in read.values() if isinstance(each, Elsewhere))
         left = [name for name in left if isinstance(read[name], Elsewhere)]
-    assert mirror.looked[:3] == [12, 6, 3]
+    assert mirror.looked[:3] == [FIRST_UNITS, 4, 2]
     assert units.held == 12
     assert reader.units_read["authority"] == 0
 
@@ -376,3 +380,34 @@ def test_units_that_were_found_ahead_in_one_look_land_each_by_itself_and_are_hel
     assert found is not None
     assert dict(found) == {"users/2": 2}
     assert not units._readings
+
+
+class AbsentMirror(NarrowMirror):
+    """One that is not followed."""
+
+    def find_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> FoundUnits | None:
+        return None
+
+
+class Unanswered:
+    """A batcher whose calls never return."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def submit(self, wanted: Any, *, leader: object) -> None:
+        self.asked.append(wanted)
+
+
+def test_who_asks_when_others_have_given_up_does_not_give_up_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, units, direct = [100.0], LazyUnits(LAZY, Schemas({}), UnitCache()), Unanswered()
+    position = Position("one", 1)
+    units.take(Publication(Snapshot(revision=1, incarnation="one", origin="redis"), None, (), position))
+    mirror = AbsentMirror(9, now_s)
+    reader = UnitReader(NarrowStore(0), units, mirrored=mirror, timeout_s=2, clock=lambda: now_s[0])
+    monkeypatch.setattr(reader, "_direct", direct)
+    assert reader._read(["users/1"])["users/1"].until_s == 102.0
+    reader._sweep_at_s = 200.0
+    now_s[0] = 102.0
+    assert reader._read(["users/1"])["users/1"].until_s == 104.0
+    assert direct.asked == ["users/1"] * 2

@@ -19,8 +19,8 @@ __all__ = ["FIRST_UNITS", "PORTION_BYTES", "Portions", "may_fit_halved", "sizes_
 PORTION_BYTES: Final = 8 * 1024 * 1024
 """What a portion is to hold, by what is known: some 0.1 s of etcd's gateway, and of one interpreter that decodes it."""
 
-FIRST_UNITS: Final = 16
-"""While nothing is known: one call more, for a process that has just begun. The largest units make it 64 MiB."""
+FIRST_UNITS: Final = 8
+"""While nothing is known: one call more, for a process that has just begun. The largest units make it 32 MiB."""
 
 _LEAST_BYTES: Final = 64 * 1024  # less is no portion: what a store answers with at all is that long, too
 _LARGE_BYTES: Final = 64 * 1024  # from there on a unit is known by its name, and not by what others hold

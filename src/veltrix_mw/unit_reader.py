@@ -469,6 +469,9 @@ class UnitReader:
     def _read_mirrored(self, names: Sequence[str], mirrored: Mirrored) -> dict[str, Any]:
         now_s = self._clock()
         self._sweep(now_s)
+        for name in names:
+            if (ended := self._awaited.get(name)) is not None and ended.ends_s <= now_s and ended.early is None:
+                self._let_go(name)  # who waited for that has given up, and somebody else asks
         awaited = {name: self._awaited.setdefault(name, _Awaited(math.inf, now_s + self._timeout_s)) for name in names}
         read: dict[str, Any] = {}
         self._land_early(awaited, read)
