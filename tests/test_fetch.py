@@ -256,6 +256,28 @@ def test_what_was_derived_without_a_unit_does_not_outlive_that(client: ConfigCli
     assert client.view().derive(limit) == "not loaded"
 
 
+def test_who_joins_a_computation_takes_nothing_of_a_view_that_lacked_a_unit(client: ConfigClient) -> None:
+    lacking, may_end = threading.Event(), threading.Event()
+
+    def limit(view: View) -> Any:
+        try:
+            return view[LIMIT]
+        except NotLoaded:
+            lacking.set()
+            assert may_end.wait(WITHIN_S)
+            return "not loaded"
+
+    early, late, flights = client.view(), client.view(), client._views.flights
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(early.derive, limit)
+        assert lacking.wait(WITHIN_S)
+        assert late.fetch(LIMIT) == 5
+        second = pool.submit(late.derive, limit)
+        eventually(lambda: flights._followed)
+        may_end.set()
+        assert (first.result(WITHIN_S), second.result(WITHIN_S)) == ("not loaded", 5)
+
+
 def test_a_layer_of_the_client_that_is_lazy_is_read_as_of_each_view(store: GatedStore, start: Start) -> None:
     client = start(layers=("tenants/acme/",))
     write(client, **{LIMIT: 5, "limit": 1})

@@ -38,9 +38,10 @@ from veltrix_mw.freshness import Freshness, FreshnessRules
 from veltrix_mw.keys import check_namespace, check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
 from veltrix_mw.protocols import FailsOver
-from veltrix_mw.snapshot import Entry, Snapshot, Version
+from veltrix_mw.snapshot import Entry, Rejection, Snapshot, Version
 from veltrix_mw.status import LazyStatus, Status
 from veltrix_mw.telemetry import Observed, Telemetry
+from veltrix_mw.values import FrozenDict
 from veltrix_mw.view import View
 from veltrix_mw.views import Views
 from veltrix_mw.waiters import BEGUN, READY, Waiters
@@ -89,7 +90,7 @@ class ConfigClient:
             object; default `$VELTRIX_MIRROR_URL`, else none; "" for none whatever that says.
         namespace: the namespace, if the URL does not name it; a client of etcd's never does.
         lazy: prefixes that no worker holds whole, for example `("tenants/",)`; everything else is eager.
-        lazy_max_bytes: what lazy units may take of this process's memory; those used last are held.
+        lazy_max_bytes: what lazy units may take of this process's memory; those used again and again are held.
         fetch_timeout_s: seconds that `view.fetch` waits for a lazy unit, where it is not told otherwise.
         layers: prefixes laid over the base for every view, first wins, for example `("env/prod/",)`.
         schemas: prefix (ends with '/') or single key to a dataclass, msgspec.Struct, pydantic model or JSON Schema.
@@ -628,7 +629,9 @@ class ConfigClient:
             before = self._views.base._snapshot
             if snapshot.rejected is not before.rejected:
                 known = before.rejected
-                self._stats.rejections += sum(1 for key, why in snapshot.rejected.items() if known.get(key) != why)
+                self._stats.eager_rejections += sum(
+                    1 for key, why in snapshot.rejected.items() if known.get(key) != why
+                )
             if self._views.reader is not None:
                 # Before: a view of the new revision must find no unit that is older.
                 self._views.reader.follow(publication)
@@ -639,6 +642,8 @@ class ConfigClient:
         if self._told_not_ready:
             self._told_not_ready = False
             self._events.tell("veltrix.ready", logging.INFO, revision=snapshot.revision, origin=snapshot.origin)
+        if self._views.reader is not None:
+            self._views.reader.tell_rejected()
         self._tell_if_unwritten(snapshot)
         return True
 
@@ -812,13 +817,19 @@ class ConfigClient:
             origin=snapshot.origin,
             age_s=view.age_s,
             stale=view.stale,
-            rejected=snapshot.rejected,
+            rejected=self._rejected(snapshot),
             relay=relay,
             tiers=tiers_of(self._store, snapshot, replica, running=running),
             relay_missing=missing,
             unwritten=unwritten(self._authority.info) if self.ready and _is_unwritten(snapshot) else "",
             lazy=self._lazy_status(),
         )
+
+    def _rejected(self, snapshot: Snapshot) -> Mapping[str, Rejection]:
+        """What is held back: of the snapshot, and of lazy units as far as they were read."""
+        units = self._views.units
+        of_units = {} if units is None else units.rejected
+        return FrozenDict({**snapshot.rejected, **of_units}) if of_units else snapshot.rejected
 
     def unwritten(self, timeout_s: float = 2.0) -> str:
         """What to tell where nothing was ever written to the namespace, asked now; empty where something was.
@@ -899,7 +910,7 @@ class _Stats:
 
     def __init__(self, client: ConfigClient) -> None:
         self._client = client
-        self.rejections = 0
+        self.eager_rejections = 0
         self.reconnects_before = 0  # those of followers that are gone
         self.filled_before = 0  # those of relays that are gone
 
@@ -910,6 +921,11 @@ class _Stats:
     @property
     def views(self) -> int:
         return self._client._views.made
+
+    @property
+    def rejections(self) -> int:
+        units = self._client._views.units
+        return self.eager_rejections + (0 if units is None else units.rejections)
 
     @property
     def dropped_layers(self) -> int:

@@ -42,6 +42,7 @@ from operator import lt
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.events import NO_THREAD, Events, told_after
 from veltrix_mw.protocols import Position
 from veltrix_mw.sorted_map import Item
@@ -533,7 +534,7 @@ class LastKnownGood:
     def _ensure_thread(self) -> None:
         if self._make is None or (self._thread is not None and self._thread.is_alive()):
             return
-        self._thread = threading.Thread(target=self._run, name="veltrix-last-known-good", daemon=True)
+        self._thread = BackgroundThread(target=self._run, name="veltrix-last-known-good")
         try:
             self._thread.start()
         except RuntimeError:  # no more threads, or the interpreter is ending

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 from weakref import WeakSet
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.disk import LastKnownGood, Saved
 from veltrix_mw.errors import StoreError
 from veltrix_mw.events import Events, Field, settle
@@ -110,9 +111,7 @@ class Follower:
         """Start the thread; returns at once."""
         halted_for_forks(self)
         # An empty context: what runs in the background is no child of the request that happened to start it.
-        self._thread = threading.Thread(
-            target=contextvars.Context().run, args=(self._run,), name="veltrix-follower", daemon=True
-        )
+        self._thread = BackgroundThread(target=contextvars.Context().run, args=(self._run,), name="veltrix-follower")
         self._thread.start()
 
     def catch_up(self) -> None:

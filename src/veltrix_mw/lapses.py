@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Final
 from weakref import WeakSet
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.events import NO_THREAD, Events
 from veltrix_mw.memo import Memo
 
@@ -51,9 +52,7 @@ class Lapses:
             if self._thread is not None:
                 return
             # An empty context: it is no child of the request that happens to start it.
-            thread = threading.Thread(
-                target=contextvars.Context().run, args=(self._run,), name="veltrix-lapses", daemon=True
-            )
+            thread = BackgroundThread(target=contextvars.Context().run, args=(self._run,), name="veltrix-lapses")
             self._thread = thread
             started = True
             try:

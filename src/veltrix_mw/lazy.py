@@ -16,30 +16,32 @@ given out, no view sees a unit that is older than its snapshot, nor one that is 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from veltrix_mw.keys import MAX_KEY_BYTES, unit_of
+from veltrix_mw.keys import unit_of
 from veltrix_mw.keyspace import Keyspace
 from veltrix_mw.last_changes import LastChanges
-from veltrix_mw.protocols import Batch, Listing, MirroredUnit, Position, RawChange, RawUnit
+from veltrix_mw.protocols import Batch, Listing, MirroredUnit, Position, RawChange, RawUnit, RawVersion
 from veltrix_mw.replica import Publication
-from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.snapshot import Rejection, Snapshot
 from veltrix_mw.stores.units import MAX_UNIT_BYTES, MAX_UNIT_KEYS
 from veltrix_mw.validation import Schemas
 from veltrix_mw.values import Missing
 
-__all__ = ["Cache", "LazyUnits", "Reading", "Unit"]
+__all__ = ["Cache", "Judged", "LazyUnits", "Reading", "Remember", "Unit"]
 
 _EARLIER: Final = 4  # versions of a held unit beside the newest: a request reads one that is seconds old at most
 _REFUSED: Final = 1_000
 _UNIT_BYTES: Final = 1_000  # what a unit takes beside its keys and values ...
 _ENTRY_BYTES: Final = 200  # ... and a key beside its name and its JSON text
-_MOST_BYTES: Final = MAX_UNIT_BYTES + MAX_UNIT_KEYS * (_ENTRY_BYTES + MAX_KEY_BYTES)  # of a unit within the bounds
 
 # What one revision changed of one unit.
 _Step = tuple[int, tuple[RawChange, ...]]
+
+Remember = Callable[[Sequence[str], int], Mapping[str, Sequence[RawVersion]]]
+"""Gives the versions of keys that are known up to a revision, newest first; of as many keys as it can."""
 
 
 class Unit:
@@ -97,6 +99,20 @@ class Reading:
     awaited: dict[str, _Awaited]
 
 
+@dataclass(slots=True)
+class Judged:
+    """A unit that was read, decoded and validated."""
+
+    mirrored: MirroredUnit
+    keyspace: Keyspace
+    size: int
+
+    @property
+    def wanting(self) -> tuple[str, ...]:
+        """Its keys that are held back and of which no good value is known: history may know one."""
+        return self.keyspace.wanting
+
+
 class LazyUnits:
     """The lazy units of one namespace in this process.
 
@@ -116,6 +132,10 @@ class LazyUnits:
         self._changed = LastChanges()  # of units that are held or not
         self._refused: dict[str, str] = {}  # units that are beyond the bounds, until they change
         self._keyspaces: dict[str, Keyspace] = {}  # of held units of which something is held back
+        self._rejected: dict[str, Mapping[str, Rejection]] = {}  # by unit, held or not, until it changes
+        self._told: dict[str, int] = {}  # the revisions of keys whose rejection was counted
+        self._untold: list[tuple[str, Rejection]] = []
+        self.rejections = 0  # changes held back so far, each counted once however often its unit is read
 
     def get(self, name: str, pinned: Snapshot) -> Snapshot | None:
         """The unit as a view of that snapshot reads it, if it is held."""
@@ -143,6 +163,20 @@ class LazyUnits:
         """What holding them takes of this process's memory."""
         return self._cache.bytes
 
+    @property
+    def rejected(self) -> dict[str, Rejection]:
+        """The keys that are held back, as far as their units were read."""
+        with self._lock:
+            return {key: why for rejected in self._rejected.values() for key, why in rejected.items()}
+
+    def untold(self) -> list[tuple[str, Rejection]]:
+        """What was held back since this was asked last."""
+        if not self._untold:
+            return []
+        with self._lock:
+            untold, self._untold = self._untold, []
+            return untold
+
     def judged_with(self, keys: Iterable[str]) -> list[str]:
         """The units that a schema judges as a whole when these keys of them change."""
         return sorted({unit_of(key, self._lazy) for key in keys if self._schemas.touched([key])})
@@ -156,12 +190,15 @@ class LazyUnits:
             is_other = self._position is None or publication.position.incarnation != self._position.incarnation
             self._position = publication.position
             if is_other or publication.changed is None or publication.snapshot.incarnation != self._incarnation:
+                if self._incarnation != publication.snapshot.incarnation:
+                    self._told = {}
                 self._incarnation = publication.snapshot.incarnation
                 self._forget_all(revision)
                 return
             for name, steps in self._by_unit(publication.lazy_changes).items():
                 self._changed.note(name, steps[-1][0])
                 self._refused.pop(name, None)
+                self._rejected.pop(name, None)
                 for reading in self._readings:
                     if (awaited := reading.awaited.get(name)) is not None:
                         awaited.steps.append(steps)
@@ -190,6 +227,7 @@ class LazyUnits:
         self._readings.clear()
         self._refused.clear()
         self._keyspaces.clear()
+        self._rejected.clear()
 
     # --- what is read
 
@@ -221,33 +259,51 @@ class LazyUnits:
         with self._lock:
             return self._position is not None and self._position.revision >= revision
 
-    def land(self, reading: Reading, units: Mapping[str, RawUnit]) -> dict[str, Unit]:
+    def land(self, reading: Reading, units: Mapping[str, RawUnit], remember: Remember | None = None) -> dict[str, Unit]:
         """Hold what was read as of the reading's position, but for what was refused; the reading ends.
 
-        Returns what may be read of each by who waited for it.
+        Of what has no good value `remember` is asked. Returns what may be read of each by who waited for it.
         """
         since = {name: reading.awaited[name].since for name in units}
         as_of = {name: MirroredUnit(raw, reading.position.revision, since[name]) for name, raw in units.items()}
-        landed = self.land_mirrored(reading, as_of)
+        judged = self.judge(reading, as_of)
+        if remember is not None:
+            for each in judged.values():
+                _recover(each.keyspace, reading.position.revision, remember)
+        landed = self.settle(reading, judged)
         self.end(reading)
         return landed
 
     def land_mirrored(self, reading: Reading, units: Mapping[str, MirroredUnit]) -> dict[str, Unit]:
         """As `land`, of units that are as of revisions since the reading's position, which were reached."""
-        landed: dict[str, Unit] = {}
+        return self.settle(reading, self.judge(reading, units))
+
+    def judge(self, reading: Reading, units: Mapping[str, MirroredUnit]) -> dict[str, Judged]:
+        """Decode and validate what was read, but for what was refused. Takes no lock, as it takes its time."""
+        judged: dict[str, Judged] = {}
         for name, mirrored in units.items():
             if mirrored.unit.refused:
                 self._note_refused(reading, name, mirrored)
                 continue
             position = Position(reading.position.incarnation, mirrored.revision)
-            keyspace, size = self._keyspace_of(mirrored.unit, position, reading.incarnation), _size_of(mirrored.unit)
-            with self._lock:  # not before: it decodes
-                landed[name] = self._landed(reading, name, mirrored, keyspace, size)
+            keyspace = self._keyspace_of(mirrored.unit, position, reading.incarnation)
+            judged[name] = Judged(mirrored, keyspace, _size_of(mirrored.unit))
+        return judged
+
+    def settle(self, reading: Reading, judged: Mapping[str, Judged]) -> dict[str, Unit]:
+        """Let what was judged catch up, and hold it."""
+        landed: dict[str, Unit] = {}
+        for name, each in judged.items():
+            with self._lock:
+                landed[name] = self._landed(reading, name, each.mirrored, each.keyspace, each.size)
         return landed
 
-    def past(self, raw: RawUnit, incarnation: str, revision: int) -> Snapshot:
+    def past(self, raw: RawUnit, incarnation: str, revision: int, remember: Remember | None = None) -> Snapshot:
         """What was read as of a revision that views are of; it is not held."""
-        return self._keyspace_of(raw, Position(incarnation, revision), incarnation).snapshot
+        keyspace = self._keyspace_of(raw, Position(incarnation, revision), incarnation)
+        if remember is not None:
+            _recover(keyspace, revision, remember)
+        return keyspace.snapshot
 
     def position_of(self, incarnation: str, revision: int) -> Position | None:
         """Where to read what a view of that revision reads; None where its history was replaced."""
@@ -265,10 +321,7 @@ class LazyUnits:
         # What it has in it already may tell more exactly since when it is as it is than who read it could.
         in_it = [at for steps in awaited.steps for at, _ in steps if at <= revision]
         versions = ((min(mirrored.since, in_it[-1] if in_it else awaited.since), keyspace.snapshot),)
-        if keyspace.snapshot.rejected:
-            self._keyspaces[name] = keyspace
-        else:
-            self._keyspaces.pop(name, None)
+        self._note_rejected(name, keyspace)
         unit = Unit(reading.incarnation, versions, None, size)
         for steps in awaited.steps:
             later = [step for step in steps if step[0] > revision]
@@ -290,6 +343,25 @@ class LazyUnits:
                     self._refused.clear()
                 self._refused[name] = mirrored.unit.refused
 
+    def _note_rejected(self, name: str, keyspace: Keyspace) -> None:
+        rejected = keyspace.snapshot.rejected
+        if not rejected:
+            self._keyspaces.pop(name, None)
+            self._rejected.pop(name, None)
+            return
+        self._keyspaces[name] = keyspace
+        if len(self._rejected) >= _REFUSED:
+            self._rejected.clear()
+        self._rejected[name] = rejected
+        for key, why in rejected.items():
+            if self._told.get(key) != why.revision:
+                if len(self._told) >= _REFUSED:
+                    self._told.clear()
+                self._told[key] = why.revision
+                self.rejections += 1
+                if len(self._untold) < _REFUSED:
+                    self._untold.append((key, why))
+
     def _keyspace_of(self, raw: RawUnit, position: Position, incarnation: str) -> Keyspace:
         keyspace = Keyspace(self._schemas)
         keyspace.restore(Listing(position, raw.entries), incarnation=incarnation, origin="lazy", proved_at_s=0.0)
@@ -306,15 +378,12 @@ class LazyUnits:
             keyspace.apply(Batch(Position(unit.incarnation, revision), 0, changes))
             # What it replaces is not taken off: a unit that is changed again and again is read anew now and then.
             size += sum(_grown_by(change, unit.versions[0][1]) for change in changes)
-        if keyspace.snapshot.rejected:
-            self._keyspaces[name] = keyspace
-        else:
-            self._keyspaces.pop(name, None)
+        self._note_rejected(name, keyspace)
         versions = ((steps[-1][0], keyspace.snapshot), *unit.versions[:_EARLIER])
         return Unit(unit.incarnation, versions, unit.until, size)
 
     def _hold(self, name: str, unit: Unit, *, is_new: bool = True) -> None:
-        if unit.size > _MOST_BYTES or len(unit.versions[0][1]) > MAX_UNIT_KEYS:
+        if _is_beyond(unit):
             self._cache.discard(name)  # whoever asks for it reads it anew, and is told if it is beyond the bounds
         elif is_new:
             self._cache.put(name, unit, unit.size)
@@ -323,6 +392,26 @@ class LazyUnits:
         if len(self._keyspaces) > _REFUSED:
             # Units with a fault that the cache let go of.
             self._keyspaces = {name: kept for name, kept in self._keyspaces.items() if name in self._cache}
+
+
+def _recover(keyspace: Keyspace, revision: int, remember: Remember) -> None:
+    """Let what has no good value have the last one that was good up to that revision."""
+    if wanting := keyspace.wanting:
+        keyspace.recover(remember(wanting, revision))
+
+
+def _is_beyond(unit: Unit) -> bool:
+    """Whether it may be more than a reading of it would take: its size is no less than what it has."""
+    newest = unit.versions[0][1]
+    if len(newest) > MAX_UNIT_KEYS:
+        return True
+    if unit.size <= MAX_UNIT_BYTES:
+        return False
+    named = (
+        *newest,
+        *(key for key, why in newest.rejected.items() if not why.deleted and newest._entries.item(key) is None),
+    )
+    return unit.size > MAX_UNIT_BYTES + _UNIT_BYTES + sum(_ENTRY_BYTES + len(key) for key in named)
 
 
 def _grown_by(change: RawChange, before: Snapshot) -> int:

@@ -49,6 +49,7 @@ __all__ = [
     "Silent",
     "Store",
     "StoreInfo",
+    "TooMuch",
     "UnitFeed",
     "UnitMirror",
     "Unitary",
@@ -233,6 +234,10 @@ class NotPermitted(AuthFailed):
 
 class Silent(StoreUnavailable):
     """The store did not answer by the deadline."""
+
+
+class TooMuch(StoreUnavailable):
+    """The answer is longer than it may be. Ask for less at a time."""
 
 
 class Leaderless(StoreUnavailable):

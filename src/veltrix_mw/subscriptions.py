@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.events import Events, told_after
 from veltrix_mw.faults import told
 from veltrix_mw.forking import anew_after_fork
@@ -126,7 +127,7 @@ class _Subscription:
 
     def _start(self) -> None:
         try:
-            threading.Thread(target=self._run, name="veltrix-subscription", daemon=True).start()
+            BackgroundThread(target=self._run, name="veltrix-subscription").start()
         except RuntimeError as exc:
             # No thread is to be had (the process ends, or is at its limit). The follower goes on; a later change
             # tries again, and brings what was missed.

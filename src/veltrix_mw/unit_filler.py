@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeGuard
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.errors import StoreError, VeltrixError
 from veltrix_mw.events import Events
 from veltrix_mw.faults import told
@@ -27,11 +28,12 @@ from veltrix_mw.last_changes import LastChanges
 from veltrix_mw.protocols import Batch, Lease, Mirror, MirroredUnit, Position, RawUnit, Store, UnitFeed
 from veltrix_mw.stores.units import bounded
 from veltrix_mw.telemetry import Telemetry
+from veltrix_mw.unit_portions import Portions, may_fit_halved, sizes_of
 from veltrix_mw.values import Missing
 
 __all__ = ["UnitFiller", "can_be_filled"]
 
-AT_ONCE: Final = 500  # units in one reading: eight transactions of etcd, full ones
+AT_ONCE: Final = 500  # units in one reading at most: eight transactions of etcd, full ones
 WAIT_S: Final = 0.25  # of one wait for names: who stops the filler waits for no longer
 PAUSE_S: Final = 0.5  # after a failure: the relay's own thread finds out what is wrong
 
@@ -60,6 +62,7 @@ class UnitFiller:
         self._lease: Lease | None = None
         self._position = Position("", 0)
         self._changed = LastChanges()
+        self._portions = Portions(AT_ONCE)  # its thread's alone
         self._reading: dict[str, list[Batch]] = {}  # units that are read, and what changed of them since
         self._thread: threading.Thread | None = None
         self.filled = 0  # units, for people
@@ -83,8 +86,8 @@ class UnitFiller:
             self._reading = {}
             if self._thread is None and not self._stopping.is_set():
                 halted_for_forks(self)
-                self._thread = threading.Thread(
-                    target=contextvars.Context().run, args=(self._run,), name="veltrix-filler", daemon=True
+                self._thread = BackgroundThread(
+                    target=contextvars.Context().run, args=(self._run,), name="veltrix-filler"
                 )
                 self._thread.start()
             self._lock.notify_all()
@@ -125,20 +128,33 @@ class UnitFiller:
                 return
             try:
                 names = self._mirror.wanted_units(wait_s=WAIT_S, timeout_s=CALL_TIMEOUT_S)
-                for at in range(0, len(names), AT_ONCE):
+                while names and not self._stopping.is_set():
+                    portion = self._portions.first(names)
                     with self._acting:
-                        self._fill(names[at : at + AT_ONCE])
+                        if self._has_filled(portion):
+                            names = names[len(portion) :]
             except VeltrixError:
                 self._stopping.wait(PAUSE_S)  # who waits for the units reads the authority
             except Exception as exc:  # noqa: BLE001  # a defect of ours must not end the filling: go on, and say so
                 self._events.tell("veltrix.filler_crashed", logging.ERROR, error=told(exc))
                 self._stopping.wait(PAUSE_S)
 
+    def _has_filled(self, names: Sequence[str]) -> bool:
+        """Fill them, or find that they are too many at once, and fewer may do. Raises what else went wrong."""
+        try:
+            self._fill(names)
+        except StoreError as exc:
+            if may_fit_halved(exc) and self._portions.halve(names):
+                return False
+            raise
+        return True
+
     def _fill(self, names: Sequence[str]) -> None:
+        timeout_s = self._portions.grant_s(names, CALL_TIMEOUT_S)
         names = [name for name in names if is_key(name) and unit_of(name, self._lazy) == name]
         if not names:
             return
-        there = self._mirror.find_units(names, timeout_s=CALL_TIMEOUT_S).units
+        there = self._mirror.find_units(names, timeout_s=timeout_s).units
         lacking = [name for name in names if name not in there]
         with self._lock:
             if self._lease is None or not self._position.revision:
@@ -146,7 +162,8 @@ class UnitFiller:
             position = self._position
             reading = self._reading = {name: [] for name in lacking}
         try:
-            found = self._authority.read_units(lacking, position, timeout_s=CALL_TIMEOUT_S) if lacking else {}
+            found = self._authority.read_units(lacking, position, timeout_s=timeout_s) if lacking else {}
+            self._portions.learn(sizes_of({name: each.unit for name, each in there.items()} | found))
             with self._lock:
                 lease = self._lease
                 if lease is None or reading is not self._reading:

@@ -6,7 +6,8 @@ that protect both. Which version of a unit a view may read is `lazy`'s to say; h
 
 ::
 
-    batch ──► the mirror has it, and it was reached ──► landed
+    batch ──► portion ──► the mirror has it, and it was reached ──► landed
+                ├─ beyond what one reply holds ──► again in the next batch
                 ├─ it is of a revision that is still on its way ──► again once that was taken
                 ├─ it has none ──► wanted, once a process ──► again once it is announced that it was filled
                 └─ not followed, no relay, no announcement in time ──► batch ──► the authority ──► landed
@@ -24,11 +25,13 @@ from typing import Any, Final, Protocol, TypeVar
 from veltrix_mw.coalesce.batcher import Batcher, Elsewhere
 from veltrix_mw.coalesce.flight import Flight
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, NotReady, Overloaded, StoreError, StoreUnavailable
-from veltrix_mw.lazy import LazyUnits, Reading, Unit
-from veltrix_mw.protocols import Filled, FoundUnits, MirroredUnit, MirrorState, Position, Unitary
-from veltrix_mw.replica import Publication
+from veltrix_mw.follower import HISTORY_LIMIT, tell
+from veltrix_mw.lazy import LazyUnits, Reading, Remember, Unit
+from veltrix_mw.protocols import Filled, FoundUnits, MirroredUnit, MirrorState, Position, RawUnit, RawVersion, Unitary
+from veltrix_mw.replica import HISTORY_KEYS, Notice, Publication
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import FetchOutcome, Telemetry
+from veltrix_mw.unit_portions import Portions, may_fit_halved, sizes_of
 
 __all__ = ["FETCH_TIMEOUT_S", "Rate", "UnitReader"]
 
@@ -42,7 +45,7 @@ MISSES_AT_ONCE: Final = 5_000
 """More than that for a moment: a worker that has just started meets all its popular tenants at once."""
 
 BATCH: Final = 500
-"""Units in one call: eight transactions of etcd; a stall of 2,000 cold tenants is over in five calls."""
+"""The most units in one call: eight transactions of etcd; a stall of 2,000 cold tenants is over in six calls."""
 
 FILLED_WITHIN_S: Final = 0.3
 """How long the relay may take: it reads a unit in the time of one call, and a relay's takeover takes seconds."""
@@ -55,8 +58,11 @@ DIRECT_PER_S: Final = 200
 
 DIRECT_AT_ONCE: Final = 2_000
 
+_HISTORY_SHARE: Final = 0.75  # of a call's time, within which histories of keys may be read beside the units
+_RECOVERED_WITHIN_S: Final = 1.0  # then a unit of the mirror's is given out without what the authority remembers
 _BARRED_S: Final = 60.0  # how long a process does not ask whom the mirror does not let ask
 _SWEEP_S: Final = 1.0
+_MOST_TOLD: Final = 20  # rejections at a time that are logged one by one
 
 # What a flight is for: a unit that is held from then on, by its name; or one as of a view's revision, which is not.
 _Past = tuple[str, str, int]  # name, incarnation, revision
@@ -101,6 +107,12 @@ def _too_many() -> Overloaded:
     return Overloaded("more lazy units were to be read than one process may read; retry later")
 
 
+class Source(Unitary, Protocol):
+    """The store that units are read from, and the history of their keys."""
+
+    def history(self, key: str, *, limit: int, timeout_s: float) -> Sequence[RawVersion]: ...
+
+
 class Mirrored(Protocol):
     """A mirror of the store that is followed, or not, and may hold units."""
 
@@ -120,7 +132,9 @@ class _Awaited:
     ends_s: float
     most_s: float = -math.inf  # until when the relay may take while it fills others
     is_direct: bool = False
-    early: tuple[Reading, MirroredUnit] | None = None  # as of a revision that is not reached
+    # What the mirror has of it: of a revision that is not reached; or, where it is direct, with keys that lack a good
+    # value, which the authority may remember.
+    early: tuple[Reading, MirroredUnit] | None = None
 
 
 class UnitReader:
@@ -131,7 +145,7 @@ class UnitReader:
 
     def __init__(
         self,
-        store: Unitary,
+        store: Source,
         units: LazyUnits,
         *,
         mirrored: Mirrored | None = None,
@@ -158,6 +172,8 @@ class UnitReader:
         self._telemetry = Telemetry("off") if telemetry is None else telemetry
         self._clock = clock
         self._batcher, self._direct = self._new_batchers()
+        # What one call takes of the store and of the mirror, as they need not be alike.
+        self._portions, self._mirror_portions = Portions(BATCH), Portions(BATCH)
         # These three are the first batcher's thread's, but for one that hangs, and for who looks into them.
         self._awaited: dict[str, _Awaited] = {}
         self._early: set[str] = set()
@@ -172,7 +188,7 @@ class UnitReader:
         # By result.
         self.fetches = {"hit": 0, "miss": 0, "absent": 0, "coalesced": 0, "error": 0}
 
-    def _new_batchers(self) -> tuple[Batcher[_Wanted, Any], Batcher[str, Any]]:
+    def _new_batchers(self) -> tuple[Batcher[_Wanted, Any], Batcher[_Wanted, Any]]:
         around = self._telemetry.leading
         # Two: what is in the mirror need not wait behind an authority that hangs.
         return (
@@ -194,6 +210,14 @@ class UnitReader:
         self._units.take(publication)
         if self._early:
             self._batcher.wake(self._early.copy())
+
+    def tell_rejected(self) -> None:
+        """Log what was held back in units since this was called last."""
+        untold = self._units.untold()
+        for key, why in untold[:_MOST_TOLD]:
+            tell(Notice("veltrix.rejected", "warning", {"key": key, "revision": why.revision, "reason": why.reason}))
+        if len(untold) > _MOST_TOLD:
+            tell(Notice("veltrix.rejected", "warning", {"more": len(untold) - _MOST_TOLD}))
 
     def _filled(self, names: Sequence[str]) -> None:
         self._filled_at_s = self._clock()
@@ -329,13 +353,17 @@ class UnitReader:
         return brought
 
     def _submitted(self, wanted: _Wanted, outcome: FetchOutcome) -> Flight[Any]:
-        flight = self._batcher.submit(wanted, leader=outcome)
+        flight = self._batcher_of(wanted).submit(wanted, leader=outcome)
         outcome.follows(flight.leader)
         return flight
 
+    def _batcher_of(self, wanted: _Wanted) -> Batcher[Any, Any]:
+        # What is as of a view's revision only the authority has; the mirror's units do not wait behind it.
+        return self._batcher if self._mirrored is None or isinstance(wanted, str) else self._direct
+
     def _came_from(self, origin: str, wanted: Iterable[_Wanted]) -> None:
         for each in wanted:
-            leader = self._batcher.leader_of(each)
+            leader = self._batcher_of(each).leader_of(each)
             if isinstance(leader, FetchOutcome):
                 leader.origin = origin
 
@@ -345,42 +373,51 @@ class UnitReader:
         """Called in the batcher's thread, by one at a time unless the store hangs."""
         read: _Brought = {}
         names: list[str] = []
-        pasts: dict[tuple[str, int], list[str]] = {}
+        pasts: list[_Past] = []
         for each in wanted:
             # A flight that landed since who wanted it looked may have brought it already.
             if not isinstance(each, str):
-                if self._rate.take():
-                    pasts.setdefault(each[1:], []).append(each[0])
-                else:
-                    read[each] = _too_many()
+                pasts.append(each)
             elif (known := self._known(each)) is not None:
                 read[each] = known
                 self._let_go(each)
-            elif each in self._awaited or self._rate.take():
-                names.append(each)
             else:
-                read[each] = _too_many()
-        if names:
-            mirrored = self._mirrored
-            read.update(self._read_newest(names) if mirrored is None else self._read_mirrored(names, mirrored))
-        for (incarnation, revision), changed in pasts.items():
-            read.update(self._read_past(changed, incarnation, revision))
+                names.append(each)
+        if self._mirrored is None:
+            read.update(self._read_newest(names, self._rate))
+        else:
+            admitted = [name for name in names if name in self._awaited or self._rate.take()]
+            read.update({name: _too_many() for name in set(names).difference(admitted)})
+            if admitted:
+                read.update(self._read_mirrored(admitted, self._mirrored))
+        read.update(self._read_pasts(pasts, self._rate))
+        self.tell_rejected()
         return read
 
     def _known(self, name: str) -> Unit | InvalidValue | None:
         why = self._units.refused(name)
         return InvalidValue(why) if why else self._units.newest(name)
 
-    def _read_newest(self, names: Sequence[str]) -> dict[str, Any]:
+    def _read_newest(self, names: Sequence[str], *rates: Rate) -> dict[str, Any]:
+        """As many of them as go in one reading of the authority; the others go with the next batch."""
+        portion = self._portions.first(names)
+        asked = _admitted(portion, rates)
+        read: dict[str, Any] = dict.fromkeys(names[len(portion) :], Elsewhere(self._clock()))
+        read.update({name: _too_many() for name in set(portion).difference(asked)})
+        if asked:
+            read.update(self._read_portion(asked))
+        return read
+
+    def _read_portion(self, names: Sequence[str]) -> dict[str, Any]:
+        asked_s = self._clock()
         try:
             reading = self._units.begin(names)
             if reading is None:
                 raise NotReady("nothing was listed yet, so no lazy unit can be read")
-            self.units_read["authority"] += len(names)
             try:
-                found = self._store.read_units(names, reading.position, timeout_s=self._timeout_s)
+                found = self._ask(names, reading.position)
                 self._came_from(self._origin, names)
-                landed = self._units.land(reading, found)
+                landed = self._units.land(reading, found, self._remembering(asked_s))
                 return {name: landed.get(name) or InvalidValue(raw.refused) for name, raw in found.items()}
             finally:
                 self._units.end(reading)
@@ -390,13 +427,51 @@ class UnitReader:
             error.__cause__ = exc
             return dict.fromkeys(names, error)
         except Exception as exc:  # noqa: BLE001  # of these units alone, not of all in the batch
-            return dict.fromkeys(names, exc)
+            return dict.fromkeys(names, self._again_or(exc, names))
+
+    def _ask(self, names: Sequence[str], position: Position) -> dict[str, RawUnit]:
+        self.units_read["authority"] += len(names)
+        granted_s = self._portions.grant_s(names, self._timeout_s)
+        found = self._store.read_units(names, position, timeout_s=granted_s)
+        self._portions.learn(sizes_of(found))
+        return found
+
+    def _remembering(self, asked_s: float) -> Remember:
+        """Reads the history of keys, in what is left of the time of a reading that was begun then.
+
+        Who waits for the unit is given it all the same where the history does not come: as at a start.
+        """
+        until_s = asked_s + self._timeout_s * _HISTORY_SHARE
+
+        def remember(keys: Sequence[str], revision: int) -> Mapping[str, Sequence[RawVersion]]:
+            versions: dict[str, Sequence[RawVersion]] = {}
+            for key in keys[:HISTORY_KEYS]:
+                left_s = until_s - self._clock()
+                if left_s <= 0:
+                    break
+                try:
+                    kept = self._store.history(key, limit=HISTORY_LIMIT, timeout_s=left_s)
+                except StoreError as exc:
+                    tell(Notice("veltrix.history_unread", "warning", {"reason": str(exc)}))
+                    break
+                versions[key] = [version for version in kept if version.revision <= revision]
+            return versions
+
+        return remember
+
+    def _again_or(self, error: Exception, names: Sequence[str]) -> Exception | Elsewhere:
+        """What becomes of units whose reading failed: another one at once, of fewer, where that may do."""
+        again = may_fit_halved(error) and self._portions.halve(names)
+        return Elsewhere(self._clock()) if again else error
 
     # --- by the mirror
 
     def _read_mirrored(self, names: Sequence[str], mirrored: Mirrored) -> dict[str, Any]:
         now_s = self._clock()
         self._sweep(now_s)
+        for name in names:
+            if (ended := self._awaited.get(name)) is not None and ended.ends_s <= now_s and ended.early is None:
+                self._let_go(name)  # who waited for that has given up, and somebody else asks
         awaited = {name: self._awaited.setdefault(name, _Awaited(math.inf, now_s + self._timeout_s)) for name in names}
         read: dict[str, Any] = {}
         self._land_early(awaited, read)
@@ -410,9 +485,14 @@ class UnitReader:
                     direct[name] = unit
             elif name not in read and unit.early is None:
                 looked[name] = unit
+        put_off = self._put_off(looked)
         if looked:
-            found = self._look(looked, mirrored, read)
-            lacking = {name: unit for name, unit in looked.items() if name not in read and unit.early is None}
+            found = self._look(looked, mirrored, read, put_off)
+            lacking = {
+                name: unit
+                for name, unit in looked.items()
+                if name not in read and name not in put_off and unit.early is None
+            }
             direct |= self._want(lacking, None if found is None else found.state, mirrored)
         for name, unit in direct.items():
             self._go_direct(name, unit, read)
@@ -421,44 +501,93 @@ class UnitReader:
         for name in read:
             self._let_go(name)
         for name, unit in awaited.items():
-            read.setdefault(name, Elsewhere(unit.ends_s if unit.is_direct else unit.due_s))
+            until_s = now_s if name in put_off else unit.ends_s if unit.is_direct else unit.due_s
+            read.setdefault(name, Elsewhere(until_s))
         return read
 
-    def _look(self, looked: Mapping[str, _Awaited], mirrored: Mirrored, read: dict[str, Any]) -> FoundUnits | None:
-        """Land the units that the mirror holds and whose revision was reached; note those whose was not."""
+    def _put_off(self, looked: dict[str, _Awaited]) -> set[str]:
+        """Leave to the next batch, which comes at once, what is more than one reply of the mirror's may hold."""
+        portion = self._mirror_portions.first(list(looked))
+        put_off = set(looked).difference(portion)
+        for name in put_off:
+            del looked[name]
+        return put_off
+
+    def _look(
+        self, looked: Mapping[str, _Awaited], mirrored: Mirrored, read: dict[str, Any], put_off: set[str]
+    ) -> FoundUnits | None:
+        """Land the units that the mirror holds and whose revision was reached; note those whose was not.
+
+        Where they were too many for one reply, fewer are looked for in the next batch.
+        """
+        portions = self._mirror_portions
         reading = self._units.begin(looked)
         if reading is None:
             read |= dict.fromkeys(looked, NotReady("nothing was listed yet, so no lazy unit can be read"))
             return None
         try:
-            found = mirrored.find_units(list(looked), reading.position, timeout_s=self._timeout_s)
+            asked_s, granted_s = self._clock(), portions.grant_s(list(looked), self._timeout_s)
+            found = mirrored.find_units(list(looked), reading.position, timeout_s=granted_s)
             if found is None:
+                # Why is not said; one that does not answer in time may have too much to say.
+                if self._clock() - asked_s >= granted_s and portions.halve(list(looked)):
+                    put_off.update(looked)
                 return None
+            portions.learn(dict.fromkeys(looked, 0) | sizes_of({name: each.unit for name, each in found.units.items()}))
             self.units_read["mirror"] += len(found.units)
             reached = {name: unit for name, unit in found.units.items() if self._units.has_reached(unit.revision)}
-            self._land(reading, reached, read)
+            self._land(reading, reached, read, looked)
             early = [name for name in found.units if name not in reached]
-            kept = self._units.keep(reading, early) if early else reading
             for name in early:
-                looked[name].early = kept, found.units[name]
+                # A reading each, as each ends by itself: after that no changes are kept for what is in it.
+                looked[name].early = self._units.keep(reading, [name]), found.units[name]
                 looked[name].due_s = self._clock() + FILLED_WITHIN_S
                 self._early.add(name)
             return found
         finally:
             self._units.end(reading)
 
-    def _land(self, reading: Reading, units: Mapping[str, MirroredUnit], read: dict[str, Any]) -> None:
-        landed = self._units.land_mirrored(reading, units)
+    def _land(
+        self,
+        reading: Reading,
+        units: Mapping[str, MirroredUnit],
+        read: dict[str, Any],
+        awaited: Mapping[str, _Awaited],
+    ) -> None:
+        judged = self._units.judge(reading, units)
+        recovering = {
+            name
+            for name, each in judged.items()
+            if each.wanting
+            and not awaited[name].is_direct
+            and self._recovers(name, awaited[name], reading, units[name])
+        }
+        landed = self._units.settle(reading, {name: each for name, each in judged.items() if name not in recovering})
         if self._mirrored is not None:
-            self._came_from(self._mirrored.mirror_origin, units)
+            self._came_from(self._mirrored.mirror_origin, landed)
         for name, mirrored in units.items():
-            read[name] = landed.get(name) or InvalidValue(mirrored.unit.refused)
+            if name not in recovering:
+                read[name] = landed.get(name) or InvalidValue(mirrored.unit.refused)
+
+    def _recovers(self, name: str, awaited: _Awaited, reading: Reading, mirrored: MirroredUnit) -> bool:
+        """Whether the authority is asked for a unit whose last good values the mirror does not know."""
+        refused: dict[str, Any] = {}
+        self._go_direct(name, awaited, refused)
+        if refused:
+            return False
+        if awaited.early is None:
+            awaited.early = self._units.keep(reading, [name]), mirrored
+        self._early.discard(name)
+        awaited.ends_s = min(awaited.ends_s, self._clock() + _RECOVERED_WITHIN_S)
+        return True
 
     def _land_early(self, awaited: Mapping[str, _Awaited], read: dict[str, Any]) -> None:
         for name, unit in awaited.items():
-            if name not in read and unit.early is not None and self._units.has_reached(unit.early[1].revision):
-                reading, mirrored = unit.early
-                self._land(reading, {name: mirrored}, read)
+            if name in read or unit.early is None or unit.is_direct:
+                continue
+            reading, mirrored = unit.early
+            if self._units.has_reached(mirrored.revision):
+                self._land(reading, {name: mirrored}, read, awaited)
 
     def _want(
         self, lacking: Mapping[str, _Awaited], state: MirrorState | None, mirrored: Mirrored
@@ -494,18 +623,29 @@ class UnitReader:
         else:
             awaited.is_direct = True
 
-    def _read_direct(self, names: Sequence[str]) -> dict[str, Any]:
+    def _read_direct(self, wanted: Sequence[_Wanted]) -> _Brought:
         """Called in the thread of the second batcher."""
-        read = self._read_newest(names)
-        self._brought.update({name: brought for name, brought in read.items() if name in self._awaited})
-        self._batcher.wake(names)
+        names = [each for each in wanted if isinstance(each, str)]
+        read: _Brought = {}
+        if names:
+            read.update(self._read_newest(names))  # who had them submitted has asked the rates
+            brought = {name: each for name, each in read.items() if not isinstance(each, Elsewhere)}
+            self._brought.update({name: each for name, each in brought.items() if name in self._awaited})
+            self._batcher.wake(name for name in names if name in brought)
+        pasts = [each for each in wanted if not isinstance(each, str)]
+        read.update(self._read_pasts(pasts, self._rate, self._direct_rate))
+        self.tell_rejected()
         return read
 
     def _take_direct(self, name: str, awaited: _Awaited, now_s: float, read: dict[str, Any]) -> None:
-        if name in self._brought:
-            read[name] = self._brought[name]
-        elif awaited.ends_s <= now_s:
-            read[name] = StoreUnavailable("the store gave no answer in time; try again")
+        brought = self._brought.get(name)
+        if brought is None and awaited.ends_s > now_s:
+            return
+        if awaited.early is not None and not isinstance(brought, Unit):
+            reading, mirrored = awaited.early  # without what the authority might have remembered
+            self._land(reading, {name: mirrored}, read, {name: awaited})
+        else:
+            read[name] = brought or StoreUnavailable("the store gave no answer in time; try again")
 
     def _let_go(self, name: str) -> None:
         awaited = self._awaited.pop(name, None)
@@ -525,17 +665,33 @@ class UnitReader:
 
     # --- as of earlier
 
+    def _read_pasts(self, pasts: Sequence[_Past], *rates: Rate) -> _Brought:
+        """As many of them as are of one revision and go in one reading; the others go with the next batch."""
+        read: _Brought = dict.fromkeys(pasts, Elsewhere(self._clock()))
+        if pasts:
+            _, incarnation, revision = pasts[0]
+            alike = [past[0] for past in pasts if past[1:] == (incarnation, revision)]
+            portion = self._portions.first(alike)
+            asked = _admitted(portion, rates)
+            read.update({(name, incarnation, revision): _too_many() for name in set(portion).difference(asked)})
+            if asked:
+                read.update(self._read_past(asked, incarnation, revision))
+        return read
+
     def _read_past(self, names: Sequence[str], incarnation: str, revision: int) -> _Brought:
         pasts = {name: (name, incarnation, revision) for name in names}
+        asked_s = self._clock()
         try:
             position = self._units.position_of(incarnation, revision)
             if position is None:
                 raise Compacted("the store's history was replaced")
-            self.units_read["authority"] += len(names)
-            found = self._store.read_units(names, position, timeout_s=self._timeout_s)
+            found = self._ask(names, position)
             self._came_from(self._origin, pasts.values())
+            remember = self._remembering(asked_s)
             return {
-                pasts[name]: InvalidValue(raw.refused) if raw.refused else self._units.past(raw, incarnation, revision)
+                pasts[name]: InvalidValue(raw.refused)
+                if raw.refused
+                else self._units.past(raw, incarnation, revision, remember)
                 for name, raw in found.items()
             }
         except Compacted as exc:
@@ -543,4 +699,9 @@ class UnitReader:
             error.__cause__ = exc
             return dict.fromkeys(pasts.values(), error)
         except Exception as exc:  # noqa: BLE001
-            return dict.fromkeys(pasts.values(), exc)
+            return dict.fromkeys(pasts.values(), self._again_or(exc, names))
+
+
+def _admitted(names: Sequence[str], rates: Sequence[Rate]) -> list[str]:
+    """Those that all of the rates let through now."""
+    return [name for name in names if all(rate.take() for rate in rates)]

@@ -649,7 +649,10 @@ class View(Mapping[str, Any]):
         if derived is None or not derived.holds_in(self):
             # Who asks when it is too old does not take what was begun while it was fresh.
             flight = (shared, id(self._snapshot), id(self._overrides), self._count_too_old())
-            derived = self._views.flights.run(flight, lambda: self._compute(fn, model))
+            own: list[Derived] = []
+            derived = self._views.flights.run(flight, lambda: self._compute(fn, model, own))
+            if derived.alone and self._views.lazy and not own:
+                derived = self._compute(fn, model)  # whose view that was may have lacked a unit that this one has
             if not derived.alone:
                 self._views.derived.put(shared, derived)
             elif self._views.lazy:
@@ -662,7 +665,13 @@ class View(Mapping[str, Any]):
             self._remember_until(limit_s)
         return derived
 
-    def _compute(self, fn: Callable[[View], Any], model: Any) -> Derived:
+    def _compute(self, fn: Callable[[View], Any], model: Any, computed: list[Derived] | None = None) -> Derived:
+        derived = self._tracked(fn, model)
+        if computed is not None:
+            computed.append(derived)
+        return derived
+
+    def _tracked(self, fn: Callable[[View], Any], model: Any) -> Derived:
         tracking = self._as(_TrackingView)
         tracking._reads, tracking._read_sections, tracking._alone, tracking._limit_s = {}, {}, False, math.inf
         current = pinned_view.get(None)

@@ -257,10 +257,31 @@ def test_what_became_late_while_a_call_was_under_way_is_not_loaded_after_it() ->
         late = batcher.submit("a")
         clock.now_s += WITHIN_S
         backend.let_go()
-        wait_until(lambda: late.landed, WITHIN_S, reason="the late one ends")
+        wait_until(lambda: late not in batcher._flights._flights.values(), WITHIN_S, reason="the late one ends")
+        assert not late.landed
         assert first.landed
         assert batcher.load("b") == "B"
     assert backend.batches == [["x"], ["b"]]
+
+
+def test_who_has_more_time_than_what_became_late_in_the_queue_is_given_another_flight() -> None:
+    backend, clock = Backend(held=True), Clock()
+
+    async def main(batcher: Batcher[str, str]) -> str:
+        batcher.submit("a")
+        backend.wait_entered()
+        flight = batcher.submit("b")
+        clock.now_s += 1
+        asked = asyncio.ensure_future(batcher.aload("b", timeout_s=600))
+        await until(lambda: bool(flight._waiting))
+        clock.now_s += 60
+        backend.let_go()
+        with pytest.raises(StoreUnavailable, match="60 s"):
+            await flight.aresult()
+        return await asked
+
+    with Batcher(backend, clock=clock, timeout_s=60) as batcher:
+        assert asyncio.run(main(batcher)) == "B"
 
 
 def test_a_call_that_hangs_holds_up_nobody_beyond_its_time_and_its_thread_ends_with_it() -> None:
@@ -445,6 +466,31 @@ def test_what_nobody_brings_goes_with_a_batch_again_when_its_time_is_over() -> N
     assert not real._parked
     with pytest.raises(StoreUnavailable, match="closed"):
         waiting.result(WITHIN_S)
+
+
+def test_a_call_that_another_took_the_place_of_takes_no_flight_from_it() -> None:
+    clock, calls, ends = Clock(), list[int](), [threading.Event(), threading.Event()]
+
+    def load_many(keys: Sequence[str]) -> Mapping[str, Any]:
+        calls.append(number := len(calls))
+        if number < 2:
+            assert ends[number].wait(WITHIN_S)
+            return dict.fromkeys(keys, Elsewhere(1e9))
+        return {key: key.upper() for key in keys}
+
+    with Batcher(load_many, clock=clock, timeout_s=60) as batcher:
+        first = batcher.submit("a")
+        wait_until(lambda: calls == [0], WITHIN_S, reason="the first call is under way")
+        clock.now_s += 60
+        second = batcher.submit("a")
+        wait_until(lambda: calls == [0, 1], WITHIN_S, reason="another one took its place")
+        batcher.wake(["a"])  # before the second has left it to others
+        ends[0].set()
+        wait_until(lambda: batcher._hung == 0, WITHIN_S, reason="the first call has returned")
+        ends[1].set()
+        assert second.result(WITHIN_S) == "A"
+        assert not first.landed
+        assert not batcher._parked
 
 
 def test_what_is_awaited_counts_among_what_waits() -> None:

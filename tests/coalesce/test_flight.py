@@ -178,6 +178,25 @@ def test_waiting_ends_at_the_flight_s_deadline_and_who_has_time_still_sees_it_la
     assert flight.result() == 1
 
 
+def test_one_that_is_ended_brings_nothing_and_wakes_who_waits() -> None:
+    flight: Flight[int] = Flight(timeout_s=60)
+
+    async def main() -> None:
+        waiting = asyncio.ensure_future(flight.await_until(math.inf))
+        async with asyncio.timeout(WITHIN_S):
+            while not flight._waiting:
+                await asyncio.sleep(0)
+            flight.end()
+            assert not await waiting
+
+    asyncio.run(main())
+    flight.land(1)
+    assert not flight.landed
+    assert not flight.wait_until(math.inf)
+    with pytest.raises(StoreUnavailable, match="60 s"):
+        flight.result()
+
+
 class Odd(Exception):
     """Keeps other arguments than it takes."""
 

@@ -115,6 +115,20 @@ def test_more_than_its_channel_takes_at_once_is_listed_in_smaller_pages(
         store.read(keys, None, timeout_s=WITHIN_S)
 
 
+def test_lazy_units_that_are_more_than_its_channel_takes_come_in_several_answers(
+    connect: MakeClient, server: EtcdCluster
+) -> None:
+    store = adopt_store(connect(server.hosts[0]), namespace="units", lazy=("tenants/",))
+    names = [f"tenants/t{number}" for number in range(12)]
+    for name in names:
+        for key in range(3):
+            put(store, f"{name}/k{key}", b"1" * 300_000)
+    for key in range(3):
+        put(store, f"{names[0]}/x{key}", b"1" * 1_000_000)
+    found = store.read_units(names, here(store), timeout_s=WITHIN_S)
+    assert [len(found[name].entries) for name in names] == [6] + [3] * 11
+
+
 def test_a_channel_whose_interceptor_makes_generators_of_streams_is_used_and_watched(
     connect: MakeClient, server: EtcdCluster
 ) -> None:

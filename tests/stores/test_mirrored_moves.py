@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from random import Random
 
@@ -317,6 +318,20 @@ def test_a_forked_child_knows_what_its_parent_knew_of_the_authority() -> None:
     assert tiers.known == parents.known
     for left in (HERE, Position("two", 9, "mark-9")):
         assert tiers.refuses(MirrorState(left, age_s=1.0), sent_at_s=rig.now_s)
+
+
+def test_a_forked_child_that_first_looks_for_units_waits_for_no_thread_of_its_parent_s() -> None:
+    rig = Rig()
+    rig.store.list(timeout_s=1)
+    rig.store._lock.acquire()
+    rig.store._pid = -1
+    found: list[object] = []
+    looking = threading.Thread(
+        target=lambda: found.append(rig.store.find_units(["users/1"], HERE, timeout_s=1)), daemon=True
+    )
+    looking.start()
+    looking.join(10)
+    assert found == [None]
 
 
 def test_a_start_asks_the_authority_whether_the_mirror_is_its_own() -> None:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.coalesce.flight import Flight
 from veltrix_mw.coalesce.single_flight import TIMEOUT_S, SingleFlight
 from veltrix_mw.errors import Overloaded, StoreError, StoreUnavailable
@@ -85,7 +86,7 @@ class Batcher(Generic[K, V]):
         self._waiting: deque[tuple[K, Flight[V]]] = deque()
         self._thread: threading.Thread | None = None  # the one that takes from the queue
         self._parked: dict[K, tuple[Flight[V], float]] = {}  # what is brought elsewhere, and until when that is awaited
-        self._calling: set[K] = set()  # what the calls that are under way were given
+        self._calling: dict[K, Flight[V]] = {}  # what the calls that are under way were given, of each key the last
         self._woken: set[K] = set()  # what of that was woken meanwhile
         self._calling_since_s: float | None = None  # when the thread's call began
         self._hung = 0  # threads that another took the place of, and whose call has not returned
@@ -185,9 +186,7 @@ class Batcher(Generic[K, V]):
         if hangs and (since_s is None or self._clock() < since_s + self._timeout_s or self._hung >= MAX_HUNG):
             return
         # An empty context: what is loaded for many is no child of the request that happened to ask first.
-        other = threading.Thread(
-            target=contextvars.Context().run, args=(self._run,), name="veltrix-batcher", daemon=True
-        )
+        other = BackgroundThread(target=contextvars.Context().run, args=(self._run,), name="veltrix-batcher")
         self._thread, self._calling_since_s = other, None
         self._hung += hangs  # whoever waits for its call has given up; it ends when that returns
         try:
@@ -210,7 +209,7 @@ class Batcher(Generic[K, V]):
                     return
                 late = self._without_late()
                 batch = [self._waiting.popleft() for _ in range(min(self._max_items, len(self._waiting)))]
-                self._calling.update(key for key, _ in batch)
+                self._calling.update(batch)
                 self._calling_since_s = self._clock()
             _end(late)
             if batch:
@@ -221,7 +220,8 @@ class Batcher(Generic[K, V]):
         """Whether there is something to load, be it that was awaited for long enough. Needs the lock."""
         if self._parked:
             now_s = self._clock()
-            for key in [key for key, (_, until_s) in self._parked.items() if until_s <= now_s]:
+            due = [key for key, (_, until_s) in self._parked.items() if until_s <= now_s]
+            for key in reversed(due):  # each goes before the others: they keep their order
                 self._waiting.appendleft((key, self._parked.pop(key)[0]))
         return bool(self._waiting)
 
@@ -245,24 +245,31 @@ class Batcher(Generic[K, V]):
 
     def _park(self, batch: Sequence[tuple[K, Flight[V]]], answers: Sequence[Any]) -> None:
         """The call has ended: keep what it left to others, unless that was woken already."""
+        late: list[Flight[V]] = []
         with self._condition:
             for (key, flight), answer in zip(batch, answers, strict=True):
-                self._calling.discard(key)
-                is_woken = key in self._woken
-                self._woken.discard(key)
+                # Else another call took the place of this one, and what was woken since then is that one's.
+                is_last = self._calling.get(key) is flight
+                is_woken = is_last and key in self._woken
+                if is_last:
+                    del self._calling[key]
+                    self._woken.discard(key)
                 if not isinstance(answer, Elsewhere) or self._closed:
                     continue
-                if is_woken:
+                if flight.deadline_s <= self._clock():
+                    late.append(flight)  # who asked since then waits for another flight, which may be kept already
+                elif is_woken:
                     self._waiting.appendleft((key, flight))
                 else:
                     self._parked[key] = flight, answer.until_s
             self._condition.notify_all()  # who waits may be another thread, and has to wait less long
+        _end(late)
 
     def _after_fork(self) -> None:
         self._condition = threading.Condition()
         self._waiting = deque()
         self._parked = {}
-        self._calling = set()
+        self._calling = {}
         self._woken = set()
         self._thread = None
         self._calling_since_s = None
@@ -291,7 +298,7 @@ def _fail(flights: Sequence[Flight[V]], error: BaseException) -> None:
 
 def _end(late: Sequence[Flight[V]]) -> None:
     for flight in late:
-        flight.fail(flight.too_late(flight.deadline_s))
+        flight.end()
 
 
 def _closed() -> StoreUnavailable:

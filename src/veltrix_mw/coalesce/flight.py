@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, Generic, TypeVar
 
 from veltrix_mw.awaiting import running_trio
+from veltrix_mw.background import Signal
 from veltrix_mw.errors import StoreUnavailable
 
 __all__ = ["Flight"]
@@ -36,6 +37,7 @@ class Flight(Generic[T]):
     __slots__ = (
         "_clock",
         "_error",
+        "_is_over",
         "_landed",
         "_lock",
         "_on_landing",
@@ -63,10 +65,11 @@ class Flight(Generic[T]):
         self.began_s: float = clock()
         self.deadline_s: float = self.began_s + timeout_s
         self._on_landing = on_landing
-        self._landed = threading.Event()
+        self._landed = Signal()
         self._lock = threading.Lock()  # protects what follows until it has landed; held for a few assignments
         self._result: Any = _UNSET
         self._error: BaseException | None = None
+        self._is_over = False
         # What calls a function on a loop, from any thread -> what wakes each task that waits there.
         self._waiting: dict[Callable[..., object], set[_Wake]] = {}
 
@@ -80,6 +83,10 @@ class Flight(Generic[T]):
         """Bring `error`: each who waits raises an exception of its own that has this one as its cause."""
         self._land(_UNSET, error)
 
+    def end(self) -> None:
+        """Bring nothing any more, as its deadline has passed: who waits learns what the clock would tell."""
+        self._land(_UNSET, None)
+
     def _land(self, result: Any, error: BaseException | None) -> None:
         if self._on_landing is not None:
             self._on_landing(self)
@@ -87,6 +94,7 @@ class Flight(Generic[T]):
             if self._landed.is_set():
                 return
             self._result, self._error = result, error
+            self._is_over = result is _UNSET and error is None
             waiting, self._waiting = self._waiting, {}
             self._landed.set()
         for call_on_loop, wakes in waiting.items():
@@ -98,7 +106,7 @@ class Flight(Generic[T]):
     @property
     def landed(self) -> bool:
         """Whether it brought a result or an error."""
-        return self._landed.is_set()
+        return self._landed.is_set() and not self._is_over
 
     def result(self, timeout_s: float | None = None) -> T:
         """What it brings, waiting for at most `timeout_s`, and never beyond the flight's own deadline.
@@ -121,19 +129,20 @@ class Flight(Generic[T]):
     def wait_until(self, until_s: float) -> bool:
         """Whether it lands until then, by the clock, or until its own deadline."""
         left_s = self._left_s(until_s)
-        return self._landed.wait(None if left_s is None else min(left_s, threading.TIMEOUT_MAX))
+        self._landed.wait(None if left_s is None else min(left_s, threading.TIMEOUT_MAX))
+        return self.landed
 
     async def await_until(self, until_s: float) -> bool:
         """As `wait_until`, for a task of asyncio's or trio's."""
         if self._landed.is_set():
-            return True
+            return self.landed
         left_s = self._left_s(until_s)
         trio = running_trio()
         if trio is None:
             await self._await_on_asyncio(left_s)
         else:
             await self._await_on_trio(trio, left_s)
-        return self._landed.is_set()
+        return self.landed
 
     def outcome(self) -> T:
         """What it brought; to be asked once it has landed."""

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any, Final, TypeVar
 
+from veltrix_mw.background import Signal
+
 __all__ = ["InlineFlight"]
 
 T = TypeVar("T")
@@ -22,7 +24,7 @@ class _Flight:
     __slots__ = ("done", "leader", "pid", "result")
 
     def __init__(self) -> None:
-        self.done = threading.Event()
+        self.done = Signal()
         self.pid = os.getpid()
         self.leader = threading.get_ident()
         self.result: Any = _NOTHING

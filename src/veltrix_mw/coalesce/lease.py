@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.errors import LeaseLost, Overloaded, StoreError, VeltrixError
 from veltrix_mw.forking import anew_after_fork
 from veltrix_mw.protocols import Lease as Granted
@@ -179,11 +180,10 @@ class Lease:
             self._granted, self._until_s, self._given_up = granted, sent_s + self._ttl_s, given_up
         self._attempt = self._new_attempt()
         # An empty context: what runs in the background is no child of the request that happened to start it.
-        keeper = threading.Thread(
+        keeper = BackgroundThread(
             target=contextvars.Context().run,
             args=(self._keep_up, granted, given_up),
             name="veltrix-lease",
-            daemon=True,
         )
         try:
             keeper.start()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.coalesce.flight import Flight
 from veltrix_mw.errors import Overloaded
 from veltrix_mw.forking import anew_after_fork
@@ -156,9 +157,7 @@ class SingleFlight:
         # An empty context: what flies for many is no child of the request that happened to ask first.
         context = contextvars.Context()
         context.run(_within.set, (*_within.get(), (self, key)))
-        thread = threading.Thread(
-            target=context.run, args=(self._fly, call, flight), name="veltrix-flight", daemon=True
-        )
+        thread = BackgroundThread(target=context.run, args=(self._fly, call, flight), name="veltrix-flight")
         try:
             thread.start()
         except RuntimeError as exc:

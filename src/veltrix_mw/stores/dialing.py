@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
+
+from veltrix_mw.background import BackgroundThread, Signal
 
 __all__ = ["NameTimeout", "addresses_of", "dial"]
 
@@ -30,7 +31,7 @@ class _Lookup:
     def __init__(self, host: str, port: int) -> None:
         self._host = host
         self._port = port
-        self.done = threading.Event()
+        self.done = Signal()
         self.addresses: list[_Address] = []
         self.failure: OSError | None = None
 
@@ -60,9 +61,7 @@ def addresses_of(host: str, port: int, deadline_s: float) -> list[_Address]:
     shared = _asking.setdefault(asked, lookup)
     if shared is lookup:
         try:
-            threading.Thread(
-                target=lookup.run, args=(lambda: _asking.pop(asked, None),), name="veltrix-lookup", daemon=True
-            ).start()
+            BackgroundThread(target=lookup.run, args=(lambda: _asking.pop(asked, None),), name="veltrix-lookup").start()
         except BaseException:
             _asking.pop(asked, None)
             raise

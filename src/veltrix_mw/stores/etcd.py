@@ -80,6 +80,7 @@ _RENEW_WATCH_S: Final = 300.0
 _QUIET_S: Final = 0.3  # etcd looks ten times a second for watches that ask for the past
 
 A = TypeVar("A", bound=Answer)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,9 +366,31 @@ class EtcdStore:
         return found
 
     def _read_part(self, names: Sequence[str], position: Position, at: int, deadline_s: float) -> dict[str, RawUnit]:
+        if len(names) > 1:
+            try:
+                return self._read_at_once(names, position, at, deadline_s, _FIRST_KEYS)
+            except AnswerTooLarge:
+                half = len(names) // 2
+            return {
+                name: raw
+                for part in (names[:half], names[half:])
+                for name, raw in self._read_part(part, position, at, deadline_s).items()
+            }
+        try:
+            return self._shrinking(
+                lambda limit: self._read_at_once(names, position, at, deadline_s, limit), _FIRST_KEYS
+            )
+        except AnswerTooLarge as exc:
+            return {
+                name: RawUnit((), f"the lazy unit {name!r} has a value that cannot be read: {exc}") for name in names
+            }
+
+    def _read_at_once(
+        self, names: Sequence[str], position: Position, at: int, deadline_s: float, limit: int
+    ) -> dict[str, RawUnit]:
         space = self._space
         spans = [span for name in names for span in space.unit_spans(name)]
-        asked = [Range(space.label), *(Range(*span, limit=_FIRST_KEYS, revision=at) for span in spans)]
+        asked = [Range(space.label), *(Range(*span, limit=limit, revision=at) for span in spans)]
         try:
             answer = self._ranges(asked, deadline_s)
         except FutureRevision as exc:
@@ -645,7 +668,7 @@ class EtcdStore:
             )
 
     @staticmethod
-    def _shrinking(ask: Callable[[int], A], limit: int) -> A:
+    def _shrinking(ask: Callable[[int], T], limit: int) -> T:
         """Ask for so many keys, and for fewer where the answer would be longer than it may be."""
         while True:
             try:

@@ -20,7 +20,7 @@ from typing import Final, Protocol, TypeVar
 
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, StoreError, StoreUnavailable
 from veltrix_mw.events import Events
-from veltrix_mw.protocols import CertificateFault, Leaderless, NotLetIn, NotPermitted, Silent
+from veltrix_mw.protocols import CertificateFault, Leaderless, NotLetIn, NotPermitted, Silent, TooMuch
 from veltrix_mw.settings import Host, shown
 from veltrix_mw.stores.etcd_messages import (
     AUTHENTICATE,
@@ -77,7 +77,7 @@ class CompactedAt(Compacted):
         self.revision = revision
 
 
-class AnswerTooLarge(StoreUnavailable):
+class AnswerTooLarge(TooMuch):
     """The answer is longer than the client takes that was handed in. Ask for less at a time."""
 
     def __init__(self) -> None:

@@ -249,6 +249,7 @@ class MirroredStore:
 
         None where it is not followed, or cannot tell: read the authority.
         """
+        self._renew_after_fork()
         with self._lock:
             current = self._tiers.current
         if current is not Tier.MIRROR or not holds_units(self.mirror):
