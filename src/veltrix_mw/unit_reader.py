@@ -25,6 +25,7 @@ from typing import Any, Final, Protocol, TypeVar
 from veltrix_mw.coalesce.batcher import Batcher, Elsewhere
 from veltrix_mw.coalesce.flight import Flight
 from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, NotReady, Overloaded, StoreError, StoreUnavailable
+from veltrix_mw.events import Events
 from veltrix_mw.follower import HISTORY_LIMIT, tell
 from veltrix_mw.lazy import LazyUnits, Reading, Remember, Unit
 from veltrix_mw.protocols import Filled, FoundUnits, MirroredUnit, MirrorState, Position, RawUnit, RawVersion, Unitary
@@ -165,6 +166,7 @@ class UnitReader:
         self._units = units
         self._mirrored = mirrored
         self._origin = origin
+        self._events = Events(part="reader", tier=origin)
         self._prefixes = prefixes
         self._timeout_s = timeout_s
         self._rate = Rate(MISSES_PER_S, MISSES_AT_ONCE, clock=clock) if rate is None else rate
@@ -215,9 +217,10 @@ class UnitReader:
         """Log what was held back in units since this was called last."""
         untold = self._units.untold()
         for key, why in untold[:_MOST_TOLD]:
-            tell(Notice("veltrix.rejected", "warning", {"key": key, "revision": why.revision, "reason": why.reason}))
+            found = {"key": key, "revision": why.revision, "reason": why.reason}
+            tell(Notice("veltrix.rejected", "warning", found), self._events)
         if len(untold) > _MOST_TOLD:
-            tell(Notice("veltrix.rejected", "warning", {"more": len(untold) - _MOST_TOLD}))
+            tell(Notice("veltrix.rejected", "warning", {"more": len(untold) - _MOST_TOLD}), self._events)
 
     def _filled(self, names: Sequence[str]) -> None:
         self._filled_at_s = self._clock()
@@ -452,7 +455,7 @@ class UnitReader:
                 try:
                     kept = self._store.history(key, limit=HISTORY_LIMIT, timeout_s=left_s)
                 except StoreError as exc:
-                    tell(Notice("veltrix.history_unread", "warning", {"reason": str(exc)}))
+                    tell(Notice("veltrix.history_unread", "warning", {"reason": str(exc)}), self._events)
                     break
                 versions[key] = [version for version in kept if version.revision <= revision]
             return versions
