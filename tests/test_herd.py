@@ -57,12 +57,12 @@ class Asked:
         return self._calls()[command] - self._before[command]
 
     def mirror_reads(self) -> int:
-        """The units that workers read there. The relay looks for one as often as it announces it."""
-        return self.redis("hgetall") - self.redis("xadd")
+        """The units that workers read there; the relay reads none."""
+        return self.redis("hgetall")
 
     def check_mirror_reads(self) -> None:
-        """One or two a process. The relay may have looked again, and be about to announce again what it found."""
-        wait_until(lambda: PROCESSES <= self.mirror_reads() <= 2 * PROCESSES, 10.0, reason="two reads a process")
+        """One or two a process."""
+        assert PROCESSES <= self.mirror_reads() <= 2 * PROCESSES
 
     def _calls(self) -> Counter[str]:
         stats: Any = self._redis.run("INFO", "commandstats")
@@ -211,7 +211,7 @@ def test_a_herd_on_a_cold_unit_costs_one_read_of_the_authority_and_two_of_the_mi
     assert [each.units_read for each in answers] == [Counter()] * PROCESSES
     assert asked.unit_reads() == []
     assert asked.redis("rpush") == 0
-    wait_until(lambda: asked.mirror_reads() <= 0, 10.0, reason="no read of a worker")
+    assert asked.mirror_reads() == 0
 
 
 def test_workers_that_may_only_read_the_mirror_and_want(least: Fleet) -> None:

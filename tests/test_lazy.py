@@ -80,15 +80,20 @@ class Rig:
         self.history.append(state)
         return revision
 
-    def follow(self, *, listing: bool = False) -> Snapshot:
-        """Take all that was written since, in one publication; returns what views are pinned to from then on."""
-        told = []
-        for revision in range(self.followed + 1, len(self.history)):
-            before, after = self.history[revision - 1], self.history[revision]
-            changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-            changes = [RawChange(key, after[key][0] if key in after else MISSING) for key in changed]
-            told.append((revision, tuple(changes)))
-        self.followed = len(self.history) - 1
+    def changes(self, revision: int) -> tuple[RawChange, ...]:
+        """What that revision changed."""
+        before, after = self.history[revision - 1], self.history[revision]
+        changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+        return tuple(RawChange(key, after[key][0] if key in after else MISSING) for key in changed)
+
+    def follow(self, *, listing: bool = False, to: int | None = None) -> Snapshot:
+        """Take all that was written since, or what was up to a revision, in one publication.
+
+        Returns what views are pinned to from then on.
+        """
+        newest = len(self.history) - 1 if to is None else to
+        told = [(revision, self.changes(revision)) for revision in range(self.followed + 1, newest + 1)]
+        self.followed = newest
         self.pinned = Snapshot(revision=self.followed, incarnation=self.incarnation, origin="memory")
         position = Position(self.incarnation, self.followed)
         changed_keys = None if listing else frozenset[str]()

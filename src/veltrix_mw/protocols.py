@@ -10,7 +10,7 @@ acknowledged write is one revision, whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -531,6 +531,10 @@ class UnitFeed(UnitMirror, Protocol):
 
     def wanted_units(self, *, wait_s: float, timeout_s: float) -> Sequence[str]:
         """The names that were asked for since, each once, waiting up to `wait_s` for the first. Anybody may ask."""
+        ...
+
+    def current_units(self, names: Sequence[str], *, timeout_s: float) -> Collection[str]:
+        """Those of `names` that it holds, and keeps current."""
         ...
 
     def fill_units(

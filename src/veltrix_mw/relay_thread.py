@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final, Protocol, TypeGuard
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.errors import StoreError, VeltrixError
 from veltrix_mw.events import Events, settle
 from veltrix_mw.faults import told
@@ -128,9 +129,7 @@ class RelayThread:
         """Start the thread; returns at once. Raises `RuntimeError` where no thread can be started."""
         halted_for_forks(self)
         # An empty context: what runs in the background is no child of the request that happened to start it.
-        self._thread = threading.Thread(
-            target=contextvars.Context().run, args=(self._run,), name="veltrix-relay", daemon=True
-        )
+        self._thread = BackgroundThread(target=contextvars.Context().run, args=(self._run,), name="veltrix-relay")
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
@@ -295,7 +294,7 @@ class RelayThread:
                     with contextlib.suppress(VeltrixError):
                         self._mirror.keep(lease, ttl_s=LEASE_S, timeout_s=CALL_TIMEOUT_S)
 
-        keeper = threading.Thread(target=contextvars.Context().run, args=(keep,), name="veltrix-lease", daemon=True)
+        keeper = BackgroundThread(target=contextvars.Context().run, args=(keep,), name="veltrix-lease")
         keeper.start()
         try:
             yield

@@ -54,6 +54,11 @@ FILLED_WITHIN_S: Final = 0.3
 FILLED_MOST_S: Final = 1.0
 """How long it may take while it fills others: it is there, and who went to the authority would only keep it busy."""
 
+PAUSE_SHARE: Final = 0.25
+"""Of what a fill takes: so long after a look at the mirror, while fills are awaited, the next one waits for company."""
+
+PAUSE_MOST_S: Final = 0.02
+
 DIRECT_PER_S: Final = 200
 """Units a second that one process reads from the authority in the mirror's stead: a fleet without a relay is many."""
 
@@ -183,6 +188,7 @@ class UnitReader:
         self._sweep_at_s = 0.0
         self._barred_until_s = 0.0
         self._filled_at_s = -math.inf  # when the relay last filled anything; the follower's to write
+        self._fill_s = FILLED_WITHIN_S  # how long the last fill took that was awaited
         if mirrored is not None:
             mirrored.on_filled = self._filled
         # Figures for people: what two threads count at once may count as one.
@@ -194,7 +200,14 @@ class UnitReader:
         around = self._telemetry.leading
         # Two: what is in the mirror need not wait behind an authority that hangs.
         return (
-            Batcher(self._read, max_items=BATCH, timeout_s=self._timeout_s, around=around, clock=self._clock),
+            Batcher(
+                self._read,
+                max_items=BATCH,
+                timeout_s=self._timeout_s,
+                around=around,
+                pause_s=self._pause_s,
+                clock=self._clock,
+            ),
             Batcher(self._read_direct, max_items=BATCH, timeout_s=self._timeout_s, around=around, clock=self._clock),
         )
 
@@ -508,6 +521,10 @@ class UnitReader:
             read.setdefault(name, Elsewhere(until_s))
         return read
 
+    def _pause_s(self) -> float:
+        """The least time between two looks: where much is awaited more comes, and a call each would be many."""
+        return min(PAUSE_MOST_S, PAUSE_SHARE * self._fill_s) if self._awaited else 0.0
+
     def _put_off(self, looked: dict[str, _Awaited]) -> set[str]:
         """Leave to the next batch, which comes at once, what is more than one reply of the mirror's may hold."""
         portion = self._mirror_portions.first(list(looked))
@@ -540,6 +557,8 @@ class UnitReader:
             self.units_read["mirror"] += len(found.units)
             reached = {name: unit for name, unit in found.units.items() if self._units.has_reached(unit.revision)}
             self._land(reading, reached, read, looked)
+            for unit in (looked[name] for name in reached if looked[name].most_s > -math.inf):
+                self._fill_s = max(0.0, self._clock() - (unit.most_s - FILLED_MOST_S))
             early = [name for name in found.units if name not in reached]
             for name in early:
                 # A reading each, as each ends by itself: after that no changes are kept for what is in it.

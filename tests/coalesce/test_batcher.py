@@ -126,6 +126,28 @@ def test_a_batch_has_no_more_than_its_items() -> None:
     assert backend.batches == [["x"], ["a", "b", "c"], ["d", "e", "f"], ["g", "h"]]
 
 
+def test_between_two_calls_is_a_pause_where_one_is_asked_for_unless_a_full_batch_waits() -> None:
+    backend, clock, pauses = Backend(), Clock(), [0.0]
+    with Batcher(backend, max_items=3, pause_s=lambda: pauses[0], clock=clock, timeout_s=WITHIN_S) as batcher:
+        assert [batcher.load(key) for key in "ab"] == ["A", "B"]
+        pauses[0] = 5.0  # from the beginning of the last call
+        flights = [batcher.submit(key) for key in "cde"]
+        assert [flight.result(WITHIN_S) for flight in flights] == ["C", "D", "E"]
+        first = batcher.submit("f")
+        clock.now_s += 5.0
+        assert batcher.load("g") == "G"
+        assert first.result(WITHIN_S) == "F"
+        clock.now_s += 5.0
+        assert batcher.load("h") == "H"
+    assert backend.batches == [["a"], ["b"], ["c", "d", "e"], ["f", "g"], ["h"]]
+
+
+def test_a_pause_ends_by_itself() -> None:
+    backend = Backend()
+    with Batcher(backend, pause_s=lambda: 0.05) as batcher:
+        assert [batcher.load(key) for key in "ab"] == ["A", "B"]
+
+
 def test_two_thousand_keys_at_once_cost_a_fiftieth_as_many_calls() -> None:
     backend = Backend(held=True)
 

@@ -6,6 +6,7 @@ Owns the queue and the thread that empties it. Knows nothing of what is loaded; 
 from __future__ import annotations
 
 import contextvars
+import math
 import threading
 import time
 from collections import deque
@@ -52,10 +53,10 @@ class Elsewhere:
 class Batcher(Generic[K, V]):
     """Loads keys in batches: whatever waits when the last call has returned goes in one call.
 
-    No timer: a key that comes while nothing is under way is loaded at once, alone. A key that is asked for again before
-    its call has returned shares it. Each caller waits for a flight of its key, so none can harm another, and a key that
-    fails fails its own callers alone. What waits is bounded. Thread-safe; a forked child begins with an empty queue and
-    a thread of its own.
+    No timer, but for who asks for a pause: a key that comes while nothing is under way is loaded at once, alone. A key
+    that is asked for again before its call has returned shares it. Each caller waits for a flight of its key, so none
+    can harm another, and a key that fails fails its own callers alone. What waits is bounded. Thread-safe; a forked
+    child begins with an empty queue and a thread of its own.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Batcher(Generic[K, V]):
         max_waiting: int = MAX_WAITING,
         timeout_s: float = TIMEOUT_S,
         around: Around = _alone,
+        pause_s: Callable[[], float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`load_many` is given up to `max_items` distinct keys and answers for each: its value, or an exception, which
@@ -73,12 +75,16 @@ class Batcher(Generic[K, V]):
         empty context, and should end by itself within `timeout_s`, which each key has from when it is asked for. It is
         called within `around(leaders)`, of those who asked for the keys and named themselves to `submit`.
 
+        `pause_s()` is the least time from the beginning of a call to that of the next, unless a full batch waits: what
+        comes meanwhile goes together (databases call it a commit delay). It is asked while the queue is locked.
+
         Nothing is started before the first key.
         """
         self._load_many = load_many
         self._max_items = max_items
         self._max_waiting = max_waiting
         self._around = around
+        self._pause_s = pause_s
         self._timeout_s = timeout_s
         self._clock = clock
         self._flights = SingleFlight(timeout_s=timeout_s, clock=clock)
@@ -89,6 +95,7 @@ class Batcher(Generic[K, V]):
         self._calling: dict[K, Flight[V]] = {}  # what the calls that are under way were given, of each key the last
         self._woken: set[K] = set()  # what of that was woken meanwhile
         self._calling_since_s: float | None = None  # when the thread's call began
+        self._began_s = -math.inf  # when the last call did
         self._hung = 0  # threads that another took the place of, and whose call has not returned
         self._closed = False
         anew_after_fork(self)
@@ -203,14 +210,14 @@ class Batcher(Generic[K, V]):
                     self._hung -= 1
                     return
                 self._calling_since_s = None
-                while not self._closed and not self._has_waiting():
-                    self._condition.wait(self._next_due_in_s())
+                while not self._closed and (pauses_s := self._pauses_for_s()) > 0:
+                    self._condition.wait(None if pauses_s == math.inf else pauses_s)
                 if self._closed:
                     return
                 late = self._without_late()
                 batch = [self._waiting.popleft() for _ in range(min(self._max_items, len(self._waiting)))]
                 self._calling.update(batch)
-                self._calling_since_s = self._clock()
+                self._calling_since_s = self._began_s = self._clock()
             _end(late)
             if batch:
                 self._load(batch)
@@ -225,10 +232,13 @@ class Batcher(Generic[K, V]):
                 self._waiting.appendleft((key, self._parked.pop(key)[0]))
         return bool(self._waiting)
 
-    def _next_due_in_s(self) -> float | None:
-        if not self._parked:
-            return None
-        return max(0.0, min(until_s for _, until_s in self._parked.values()) - self._clock())
+    def _pauses_for_s(self) -> float:
+        """How long to wait for the next call, unless more comes. Needs the lock."""
+        if self._has_waiting():
+            if self._pause_s is None or len(self._waiting) >= self._max_items:
+                return 0.0
+            return self._began_s + self._pause_s() - self._clock()
+        return min((until_s for _, until_s in self._parked.values()), default=math.inf) - self._clock()
 
     def _load(self, batch: Sequence[tuple[K, Flight[V]]]) -> None:
         try:

@@ -23,6 +23,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import grpc
 
+from veltrix_mw.background import BackgroundThread
 from veltrix_mw.forking import STORES, around_forks
 from veltrix_mw.settings import Host, shown
 from veltrix_mw.stores.etcd_dialing import HTTP_2, Dialer, no_etcd
@@ -300,7 +301,7 @@ class GrpcStream:
         self._waiting: deque[bytes] = deque()
         self._end: Exception | None = None
         self._is_closed = False
-        reader = threading.Thread(target=self._read, name="veltrix-etcd-watch", daemon=True)
+        reader = BackgroundThread(target=self._read, name="veltrix-etcd-watch")
         reader.start()
 
     def _read(self) -> None:

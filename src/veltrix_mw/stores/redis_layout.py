@@ -630,14 +630,14 @@ return {'ok'}
 
 FILL_UNITS: Final = Script(
     """-- KEYS entries, filled, lease, then lazy units; ARGV the lease, its token, incarnation, revision, milliseconds,
--- announcements kept, the units' names; then for each of KEYS since when it is unchanged, how many words, and those:
--- fields and values in turn
+-- announcements kept, bytes of them kept, the units' names; then for each of KEYS since when it is unchanged, how many
+-- words, and those: fields and values in turn
 if redis.call('GET', KEYS[3]) ~= ARGV[1] then return {'lost'} end
 local meta = redis.call('HMGET', KEYS[1], '#format', '#kind', '#incarnation', '#revision', '#token', '#units')
 if meta[1] and meta[2] ~= 'mirror' then return {'kind'} end
 if meta[1] ~= '1' or meta[3] ~= ARGV[3] or meta[4] ~= ARGV[4] or not meta[6] then return {'elsewhere'} end
 if tonumber(meta[5] or '0') > tonumber(ARGV[2]) then return {'lost'} end
-local at = 8
+local at = 9
 for unit = 4, #KEYS do
   local last = at + 1 + tonumber(ARGV[at + 1])
   redis.call('UNLINK', KEYS[unit])
@@ -647,7 +647,24 @@ for unit = 4, #KEYS do
   redis.call('PEXPIRE', KEYS[unit], ARGV[at + 1] == '0' and math.ceil(ARGV[5] / 60) or ARGV[5])
   at = last + 1
 end
-redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[6], '*', 'units', ARGV[7])
+-- Each says how many bytes were announced before it, as the entries of changes do; the newest stays in any case.
+local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
+local before = last and #last[2][2] + (tonumber(last[2][4] or '0') or 0) or 0
+local total, most = before + #ARGV[8], tonumber(ARGV[7])
+local dropped, from = 0, '-'
+while total > most do
+  local oldest = redis.call('XRANGE', KEYS[2], from, '+', 'COUNT', 1)[1]
+  if not oldest or total - (tonumber(oldest[2][4] or '0') or 0) <= most then break end
+  dropped = dropped + 1
+  local time, number = string.match(oldest[1], '^(%d+)-(%d+)$')
+  from = time .. '-' .. string.format('%.0f', number + 1)
+end
+local kept, exactly = ARGV[6], '~'
+if dropped > 0 then
+  kept = math.min(tonumber(kept), redis.call('XLEN', KEYS[2]) + 1 - dropped)
+  exactly = '='
+end
+redis.call('XADD', KEYS[2], 'MAXLEN', exactly, kept, '*', 'units', ARGV[8], 'bytes', string.format('%.0f', before))
 return {'ok'}
 """
 )

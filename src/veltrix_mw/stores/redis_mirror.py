@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from veltrix_mw.errors import Compacted, LeaseLost, StoreError, StoreUnavailable
@@ -50,9 +50,12 @@ from veltrix_mw.stores.redis_reading import Reader, RedisWatch, Torn
 from veltrix_mw.stores.redis_routes import Route, Server
 from veltrix_mw.stores.redis_units import (
     MAX_ANNOUNCED,
+    MAX_ANNOUNCED_BYTES,
     MAX_WANTED,
     UNIT_TTL_S,
     WANTED_TTL_S,
+    is_current,
+    size_of,
     unit_in,
     words_of,
 )
@@ -305,9 +308,18 @@ class RedisMirror:
         wanted = self._names.wanted
         with self._link.session(wait_s + timeout_s) as connection:
             # Sent together: what is wanted waits for one round trip, however far away the server is.
-            first, others = connection.pipeline([("BLPOP", wanted, f"{wait_s:.3f}"), ("EVAL", TAKE.text, 1, wanted)])
-        names = [*([] if first is None else first[1:]), *others]
+            waiting: list[Command] = [("BLPOP", wanted, f"{wait_s:.3f}")] if wait_s > 0 else []  # 0 would wait for ever
+            *first, others = connection.pipeline([*waiting, ("EVAL", TAKE.text, 1, wanted)])
+        names = [*(name for popped in first if popped is not None for name in popped[1:]), *others]
         return [name.decode(errors="replace") for name in dict.fromkeys(names)]
+
+    def current_units(self, names: Sequence[str], *, timeout_s: float) -> Collection[str]:
+        layout = self._names
+        asked: list[Command] = [("HMGET", layout.entries, "#units")]
+        units: list[Command] = [("HMGET", layout.unit(name), "#unit") for name in names]
+        with self._link.session(timeout_s) as connection:
+            (meta,), *held = connection.pipeline([*asked, *units])
+        return {name for name, (said,) in zip(names, held, strict=True) if is_current(said, meta or b"")}
 
     def fill_units(
         self,
@@ -322,10 +334,10 @@ class RedisMirror:
         ttl_ms = milliseconds(UNIT_TTL_S * random.uniform(0.9, 1.1))  # what was filled at once is not gone at once
         head: list[str | bytes] = [held, str(lease.token), position.incarnation, str(position.revision), str(ttl_ms)]
         with self._link.session(timeout_s) as connection:
-            for some in _parts(units):
-                # Announced with the last ones, where none is to be filled as well.
-                told = [name for name in names if name in some or name not in units]
-                arguments = [*head, str(MAX_ANNOUNCED), " ".join(told)]
+            for some, is_last in _parts(units):
+                # Many in one announcement, as each wakes every worker: those that were there with the last ones.
+                told = [name for name in names if name in some or (is_last and name not in units)]
+                arguments = [*head, str(MAX_ANNOUNCED), str(MAX_ANNOUNCED_BYTES), " ".join(told)]
                 for unit in some.values():
                     words = words_of(unit)
                     arguments += (str(unit.since), str(len(words)), *words)
@@ -373,17 +385,20 @@ class RedisMirror:
                 raise self._link.not_ours(f"{self._names.entries} or {self._names.changes}, without our meta,")
 
 
-def _parts(units: Mapping[str, MirroredUnit]) -> Iterator[dict[str, MirroredUnit]]:
-    """What one script fills, about a megabyte: Redis serves nobody else meanwhile. At least one part."""
+def _parts(units: Mapping[str, MirroredUnit]) -> Iterator[tuple[dict[str, MirroredUnit], bool]]:
+    """What one script fills, about a megabyte: Redis serves nobody else meanwhile; and whether it is the last part.
+
+    At least one part.
+    """
     some: dict[str, MirroredUnit] = {}
     size = 0
     for name, unit in units.items():
         if some and size >= _CHUNK_BYTES:
-            yield some
+            yield some, False
             some, size = {}, 0
         some[name] = unit
-        size += sum(len(key) + len(value) for key, value, _ in unit.unit.entries)
-    yield some
+        size += size_of(name, unit)
+    yield some, True
 
 
 def _microseconds(time_reply: Sequence[bytes]) -> int:

@@ -16,7 +16,17 @@ from veltrix_mw.protocols import MirroredUnit, RawUnit
 from veltrix_mw.stores.redis_layout import Meta, NotOurs, pairs_of
 from veltrix_mw.stores.units import bounded
 
-__all__ = ["MAX_ANNOUNCED", "MAX_WANTED", "UNIT_TTL_S", "WANTED_TTL_S", "unit_in", "words_of"]
+__all__ = [
+    "MAX_ANNOUNCED",
+    "MAX_ANNOUNCED_BYTES",
+    "MAX_WANTED",
+    "UNIT_TTL_S",
+    "WANTED_TTL_S",
+    "is_current",
+    "size_of",
+    "unit_in",
+    "words_of",
+]
 
 UNIT_TTL_S: Final = 3_600.0
 """How long a unit stays that was filled: workers hold those that they read themselves, so that it is for new ones."""
@@ -30,13 +40,19 @@ WANTED_TTL_S: Final = 5.0
 MAX_ANNOUNCED: Final = 1_000
 """Announcements that are kept, of many units each: for who reads the stream a moment late."""
 
+MAX_ANNOUNCED_BYTES: Final = 1024 * 1024
+"""Of their names: tens of thousands of units. A name may have 512 bytes, and an announcement thousands of names."""
+
+_UNIT_BYTES: Final = 100  # a unit's keys and stamp, beside its name and what it holds
+
 
 def unit_in(name: str, reply: Sequence[bytes], meta: Meta) -> MirroredUnit | None:
     """The unit in the reply to HGETALL that was asked for after `meta`; None where there is none, or no current one."""
     said = {reply[at]: reply[at + 1] for at in range(0, len(reply), 2) if reply[at].startswith(b"#")}
-    stamp, _, since = said.get(b"#unit", b"").partition(b" ")
-    if not meta.units or stamp != meta.units:
+    unit_said = said.get(b"#unit")
+    if not is_current(unit_said, meta.units):
         return None
+    since = (unit_said or b"").partition(b" ")[2]
     if not since.isdigit():
         raise NotOurs("a lazy unit whose '#unit' does not name a revision")
     entries = sorted(pairs_of(reply))
@@ -44,6 +60,16 @@ def unit_in(name: str, reply: Sequence[bytes], meta: Meta) -> MirroredUnit | Non
     unit = RawUnit((), refused) if refused else bounded(name, entries)
     # It has all changes up to where the mirror stood before it was read, and those up to its own last one.
     return MirroredUnit(unit, max(meta.revision, int(since)), int(since))
+
+
+def is_current(said: bytes | None, units: bytes) -> bool:
+    """Whether a unit whose `#unit` says this is kept current, in a mirror whose `#units` is `units`."""
+    return bool(units) and (said or b"").partition(b" ")[0] == units
+
+
+def size_of(name: str, unit: MirroredUnit) -> int:
+    """Roughly the bytes that a unit takes on the way and in the mirror."""
+    return _UNIT_BYTES + len(name) + sum(len(key) + len(value) for key, value, _ in unit.unit.entries)
 
 
 def words_of(unit: MirroredUnit) -> list[str | bytes]:
