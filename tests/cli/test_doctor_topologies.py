@@ -1,1 +1,239 @@
 """`doctor` where several servers hold a namespace: sentinels, a Redis Cluster, several members of etcd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Final
+
+import pytest
+
+from tests.cli.conftest import Shell
+from tests.cli.test_doctor import BOUNDED, CONVERGE_S, NAMESPACE, PATIENCE_S, examined, refused, write
+from tests.support.redis_servers import (
+    PRIMARY,
+    ClusterSet,
+    Sentinel,
+    SentinelSet,
+    cluster_set,
+    redis_server,
+    sentinel_set,
+)
+from tests.support.waiting import wait_until
+from veltrix_mw.stores.redis_layout import Names
+from veltrix_mw.stores.redis_routes import slot_of
+
+ENTRIES: Final = Names(NAMESPACE).entries
+SLOT: Final = slot_of(ENTRIES)
+QUERY: Final = f"?namespace={NAMESPACE}&timeout_s={PATIENCE_S}"
+FINDING: Final = ("+sentinel|get-master-addr-by-name", "+sentinel|master")
+NODE: Final = ("--cluster-enabled", "yes", *BOUNDED)
+
+
+@pytest.fixture(scope="module")
+def sentinels() -> Iterator[SentinelSet]:
+    with sentinel_set(*BOUNDED) as servers:
+        write(f"{servers.url}{QUERY}")
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[ClusterSet]:
+    with cluster_set(*BOUNDED) as servers:
+        write(f"{servers.url}{QUERY}")
+        yield servers
+
+
+# --- sentinels
+
+
+def test_sentinels_that_ask_for_a_password_are_told_by_their_parameter(shell: Shell, sentinels: SentinelSet) -> None:
+    with ExitStack() as stack:
+        for sentinel in sentinels.sentinels:
+            sentinel.run("ACL", "SETUSER", "finder", "on", ">pw", "resetkeys", "resetchannels", "-@all", *FINDING)
+            sentinel.client.ping()  # keeps a connection as it is let in now
+            sentinel.run("ACL", "SETUSER", "default", "resetpass", ">s3cret")
+            stack.callback(sentinel.run, "ACL", "SETUSER", "default", "nopass")
+        shell.store = f"{sentinels.url}{QUERY}"
+        report = examined(shell)
+        refused(report, "authority", "service", "asks for a password: give ?sentinel_user= and ?sentinel_password=")
+        shell.store = f"{sentinels.url}{QUERY}&sentinel_password=wr0ng"
+        report = examined(shell)
+        refused(report, "authority", "service", "correct ?sentinel_user= or ?sentinel_password=")
+        assert "wr0ng" not in report.answer.out
+        put = shell.run("put", "a", "1")
+        assert put.code == 6
+        assert "correct ?sentinel_user= or ?sentinel_password=" in put.err
+        shell.store = f"{sentinels.url}{QUERY}&sentinel_user=finder&sentinel_password=pw"
+        assert examined(shell).failed == []
+        for lost in FINDING:
+            for sentinel in sentinels.sentinels:
+                sentinel.run("ACL", "SETUSER", "finder", "-@all", *(each for each in FINDING if each != lost))
+            report = examined(shell)
+            assert report.failed == [("authority", "service")]
+            assert f"ACL SETUSER finder {' '.join(FINDING)}" in report.text("authority", "service")
+
+
+def test_a_user_behind_sentinels_that_may_not_ask_for_the_role_is_told(shell: Shell, sentinels: SentinelSet) -> None:
+    primary = sentinels.primary()
+    primary.run("ACL", "SETUSER", "roleless", "on", ">pw", "~*", "+@all", "-role")
+    shell.store = f"{sentinels.url}{QUERY}".replace("://", "://roleless:pw@")
+    report = examined(shell)
+    assert report.failed[0] == ("authority", "database")
+    assert "+role" in report.text("authority", "database")
+
+
+def test_a_port_of_a_sentinel_is_told_as_one(shell: Shell, sentinels: SentinelSet) -> None:
+    at = f"127.0.0.1:{sentinels.sentinels[0].port}"
+    for db in (0, 1):
+        shell.store = f"redis://{at}/{db}{QUERY}"
+        refused(examined(shell), "authority", "service", f"write redis+sentinel://{at}/NAME/0")
+
+
+def test_sentinels_of_two_sets_are_told(shell: Shell, sentinels: SentinelSet) -> None:
+    with redis_server(*BOUNDED) as other:
+        stranger = Sentinel(other)
+        try:
+            shell.store = f"{sentinels.url.replace('//', f'//127.0.0.1:{stranger.port},')}{QUERY}"
+            report = examined(shell)
+        finally:
+            stranger.close()
+        text = "the sentinels do not agree where 'mymaster' is"
+        refused(report, "authority", "service", text)
+        assert f"127.0.0.1:{stranger.port} says 127.0.0.1:{other.port}" in report.text("authority", "service")
+
+
+def test_a_failover_that_cannot_be_is_a_warning(shell: Shell) -> None:
+    with redis_server(*BOUNDED) as alone:
+        sentinel = Sentinel(alone)
+        try:
+            shell.store = f"redis+sentinel://127.0.0.1:{sentinel.port}/{PRIMARY}/0{QUERY}"
+            write(shell.store)
+            report = examined(shell)
+        finally:
+            sentinel.close()
+    assert report.failed == []
+    assert ("authority", "failover") in report.warned
+    text = report.text("authority", "failover")
+    assert "no replica is connected to the primary: start one" in text
+    assert "1 sentinel alone" in text
+    assert f"the quorum is 2 of 1 sentinel: redis-cli -p 26379 SENTINEL SET {PRIMARY} quorum 1" in text
+
+
+def test_sentinels_that_are_away_are_counted_and_a_write_says_that_a_failover_may_be_under_way(shell: Shell) -> None:
+    with sentinel_set(*BOUNDED) as servers:
+        shell.store = f"{servers.url}{QUERY}"
+        write(shell.store)
+        well = examined(shell)
+        primary = servers.primary()
+        assert well.text("authority", "failover") == "1 replica can take over, by 2 of 3 sentinels"
+        for sentinel in servers.sentinels[:2]:
+            sentinel.kill()
+        report = examined(shell)
+        assert "1 of 3 sentinels at most can be reached, and a failover takes 2" in report.text("authority", "failover")
+        primary.kill()
+        done = shell.run("put", "a", "1")
+        assert done.code == 5
+        assert "a failover may be under way" in done.err
+
+
+def test_a_primary_that_wants_replicas_says_so(shell: Shell) -> None:
+    with redis_server("--min-replicas-to-write", "1", *BOUNDED) as server:
+        shell.store = f"redis://127.0.0.1:{server.port}/0{QUERY}"
+        refused(examined(shell), "authority", "write", "than its min-replicas-to-write: start replicas, or lower it")
+
+
+# --- a cluster
+
+
+def test_nodes_that_form_no_cluster_are_told_how_to(shell: Shell) -> None:
+    with redis_server(*NODE) as one, redis_server(*NODE) as other:
+        hosts = [f"127.0.0.1:{each.port}" for each in (one, other)]
+        shell.store = f"redis+cluster://{','.join(hosts)}{QUERY}"
+        refused(examined(shell), "authority", "service", f"redis-cli --cluster create {' '.join(hosts)}, with")
+
+
+@pytest.mark.parametrize(
+    ("lost", "text"),
+    [
+        (SLOT, f"no node has slot {SLOT}, where the namespace is, and 0 more of 16384"),
+        (SLOT - 1, "1 slots are without a node, so the cluster serves nothing"),
+    ],
+)
+def test_slots_without_a_node_are_told(shell: Shell, nodes: ClusterSet, lost: int, text: str) -> None:
+    owner = nodes.owner(SLOT)
+    assert nodes.owner(lost) is owner
+    shell.store = f"{nodes.url}{QUERY}"
+    for server in nodes.servers:
+        server.run("CLUSTER", "DELSLOTS", lost)
+    try:
+        wait_until(
+            lambda: all(b"cluster_state:fail" in each.raw("CLUSTER", "INFO") for each in nodes.servers),
+            CONVERGE_S,
+            reason="the nodes know that a slot is nobody's",
+        )
+        report = examined(shell)
+    finally:
+        owner.run("CLUSTER", "ADDSLOTS", lost)
+        nodes.wait_whole()
+    refused(report, "authority", "service", text)
+    assert "redis-cli --cluster fix 127.0.0.1:" in report.text("authority", "service")
+    wait_until(lambda: examined(shell).failed == [], CONVERGE_S, reason="the cluster is whole")
+
+
+def test_a_slot_that_is_half_moved_is_told(shell: Shell, nodes: ClusterSet) -> None:
+    owner = nodes.owner(SLOT)
+    target = nodes.another(owner)
+    shell.store = f"redis+cluster://127.0.0.1:{nodes.replica_of(owner).port}{QUERY}"  # the owner is not named
+    assert examined(shell).state("authority", "service") == "ok"
+    nodes.begin_moving(SLOT, owner, target)
+    try:
+        report = examined(shell)
+        one_sided = f"127.0.0.1:{owner.port} gives it to 127.0.0.1:{target.port}"
+        assert ("authority", "service") in report.warned
+        text = report.text("authority", "service")
+        assert f"slot {SLOT}, where the namespace is, is half moved" in text
+        assert one_sided in text
+        assert f"127.0.0.1:{target.port} takes it from 127.0.0.1:{owner.port}" in text
+        assert "redis-cli --cluster fix 127.0.0.1:" in text
+    finally:
+        for server in (owner, target):
+            server.run("CLUSTER", "SETSLOT", SLOT, "STABLE")
+    assert examined(shell).state("authority", "service") == "ok"
+
+
+def test_a_user_of_a_cluster_that_may_not_ask_the_nodes_is_told(shell: Shell, nodes: ClusterSet) -> None:
+    shell.store = f"{nodes.url}{QUERY}".replace("://", "://lost:pw@")
+    for lacks in ("cluster|slots", "cluster|nodes"):
+        for server in nodes.servers:
+            server.run("ACL", "SETUSER", "lost", "on", ">pw", "~*", "+@all", f"-{lacks}")
+        report = examined(shell)
+        refused(report, "authority", "service", f"lacks +{lacks}")
+        assert "ACL SETUSER lost +asking +cluster|slots +cluster|nodes" in report.text("authority", "service")
+    for server in nodes.servers:
+        server.run("ACL", "SETUSER", "lost", "+@all", "-asking")
+    refused(examined(shell), "authority", "read", "redis-cli ACL SETUSER lost +asking")
+
+
+def test_nodes_of_two_clusters_are_told(shell: Shell, nodes: ClusterSet) -> None:
+    with redis_server(*NODE) as stranger:
+        shell.store = f"{nodes.url},127.0.0.1:{stranger.port}{QUERY}"
+        report = examined(shell)
+        assert report.failed == []
+        assert f"127.0.0.1:{stranger.port} is a node of no cluster" in report.text("authority", "service")
+        stranger.run("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
+        report = examined(shell)
+        refused(report, "authority", "service", "are of different clusters")
+        assert f"127.0.0.1:{stranger.port}" in report.text("authority", "service")
+        # Alone it is a cluster, from which nobody takes over.
+        shell.store = f"redis+cluster://127.0.0.1:{stranger.port}{QUERY}"
+        wait_until(lambda: examined(shell).failed == [], CONVERGE_S, reason="a node alone is a cluster")
+        text = examined(shell).text("authority", "failover")
+        assert f"127.0.0.1:{stranger.port} has no replica that is up: redis-cli --cluster add-node HOST:PORT" in text
+        assert "one primary has slots" in text
+
+
+def test_a_cluster_whose_primary_has_a_replica_can_fail_over(shell: Shell, nodes: ClusterSet) -> None:
+    shell.store = f"{nodes.url}{QUERY}"
+    report = examined(shell)
+    assert report.text("authority", "failover") == f"1 replica of 127.0.0.1:{nodes.owner(SLOT).port} can take over"

@@ -52,6 +52,8 @@ _MOST_REDIRECTS: Final = 5  # of one call: a slot moves once, and may be on its 
 _WAITING: Final = frozenset({"XREAD", "PIPELINE BLPOP"})  # they wait for what happens: how long says nothing
 _READ_BYTES: Final = 256 * 1024  # a listing is megabytes: the driver's own 64 KiB would be four times the calls
 
+_KNOWN_TO_ALL: Final = frozenset({"EXISTS", "HMGET", "SELECT"})  # to every Redis, and to no sentinel
+
 _CODE: Final = re.compile(
     r"\b(OOM|NOPERM|READONLY|MISCONF|WRONGTYPE|NOAUTH|LOADING|MASTERDOWN|BUSY|UNBLOCKED|NOREPLICAS)\b"
 )
@@ -364,8 +366,12 @@ class RedisLink:
         cert: str | None,
         key: str | None,
         is_guide: bool = False,
+        parameters: str = "",
     ) -> None:
-        """Name the server; nothing is opened. `is_guide`: it is asked where another one is, and for no key."""
+        """Name the server; nothing is opened. `is_guide`: it is asked where another one is, and for no key.
+
+        `parameters` is what those of the URL begin with that name user and password, where its login is none of theirs.
+        """
         self._route = route
         self._db = db
         self._names = Names(namespace)
@@ -377,6 +383,7 @@ class RedisLink:
         self._password = password
         self._url = route.url("rediss" if tls else "redis", db)
         self._is_guide = is_guide
+        self._parameters = parameters
         self._onward = _Onward(self._connected, self._moved) if route.follows else None
         self._guides: dict[Host, RedisLink] = {}  # to those who say where the server is
         self._begin_anew()
@@ -453,7 +460,7 @@ class RedisLink:
 
         Asks whoever knows, by `deadline_s`, if nobody was asked for a while.
         """
-        found = self._route.find(self._ask, deadline_s)
+        found = self._route.find(self.ask, deadline_s)
         if found != self._current:
             with self.lock:
                 self._go_to(found)
@@ -538,7 +545,8 @@ class RedisLink:
             self.failovers += 1
         self._current = host
 
-    def _ask(self, host: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:
+    def ask(self, host: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:
+        """What a guide of the route's answers."""
         route = self._route
         assert isinstance(route, Guided)
         guide = self._guides.get(host)
@@ -548,6 +556,7 @@ class RedisLink:
             guide = RedisLink(
                 Server(*host, called=route.called(host)), db=0, namespace=self._namespace, tls=self._tls is not None,
                 user=user, password=password, ca=files.ca, cert=files.cert, key=files.key, is_guide=True,
+                parameters="" if route.login is None else "sentinel_",
             )  # fmt: skip
             guide = self._guides.setdefault(host, guide)
         with guide.session(deadline_s - time.monotonic()) as connection:
@@ -648,6 +657,11 @@ class RedisLink:
         return scheme if found else "rediss" if self._tls else "redis"
 
     @property
+    def _replacing(self) -> str:
+        """What else a server that is away may mean, where another one takes its place by itself."""
+        return "; a failover may be under way, try again in some seconds" if isinstance(self._route, Guided) else ""
+
+    @property
     def _host(self) -> str:
         return (self._route.at or ("", 0))[0]
 
@@ -670,14 +684,16 @@ class RedisLink:
                 f"the name {self._host} of {url} was not resolved within {timeout_s:g} s; check this machine's DNS"
             )
         if isinstance(error, (errors.TimeoutError, TimeoutError)):
-            return Silent(f"{url} did not answer within {timeout_s:g} s; is it up, and reachable from here?")
+            return Silent(
+                f"{url} did not answer within {timeout_s:g} s; is it up, and reachable from here?{self._replacing}"
+            )
         if isinstance(error, errors.InvalidResponse):
             what = "speaks HTTP, and is" if "HTTP/1." in text else "is"
             return StoreError(f"what answers at {url} {what} not a Redis server: check host and port")
         if isinstance(error, socket.gaierror):
             return StoreUnavailable(f"the name {self._host} of {url} cannot be resolved: {error.strerror}")
         if isinstance(error, ConnectionRefusedError):
-            return StoreUnavailable(f"{url} refuses connections: no server listens there")
+            return StoreUnavailable(f"{url} refuses connections: no server listens there{self._replacing}")
         if "max number of clients" in text:
             return StoreUnavailable(f"{url} has as many clients as it may: raise maxclients")
         reset = isinstance(error, (ConnectionResetError, BrokenPipeError)) or "Connection closed by server" in text
@@ -690,19 +706,24 @@ class RedisLink:
                 )
                 hint = f" ({asks}a port without TLS, such as etcd's, does so too: check the port)"
             if self._has_answered:
-                hint = ""
+                hint = self._replacing
             return StoreUnavailable(f"{url} closed the connection{hint}; try again")
         if isinstance(error, OSError):
             return StoreUnavailable(f"{url} cannot be reached: {error.strerror or type(error).__name__}")
         return StoreUnavailable(f"the connection to {url} failed: {type(error).__name__}")
 
     def _not_let_in(self, text: str) -> NotLetIn:
+        apart = self._parameters
+        here = f"?{apart}user= and ?{apart}password=" if apart else "user and password"
         if "without any password configured" in text or "no password is set" in text:
-            return NotLetIn(f"{self.url} has no password for the default user: leave the password out, or name a user")
+            leave = f"?{apart}password=" if apart else "the password"
+            return NotLetIn(f"{self.url} has no password for the default user: leave {leave} out, or name a user")
         if self._password is None:
-            return NotLetIn(f"{self.url} asks for a password: give user and password")
+            own = ", which are not the primary's" if apart else ""
+            return NotLetIn(f"{self.url} asks for a password: give {here}{own}")
         who = f"user {self._user!r}" if self._user else "the default user"
-        return NotLetIn(f"{self.url} refused {who} with that password: correct user or password, or enable the user")
+        either = here.replace(" and ", " or ")
+        return NotLetIn(f"{self.url} refused {who} with that password: correct {either}, or enable the user")
 
     def _refused(self, error: Exception) -> StoreError:
         url, text = self.url, str(error)
@@ -726,6 +747,11 @@ class RedisLink:
             return StoreUnavailable(
                 f"{url} is a replica that lost its primary, and serves nothing meanwhile; try again"
             )
+        if code == "NOREPLICAS":
+            return StoreUnavailable(
+                f"{url} takes no writes, as fewer replicas are connected than its min-replicas-to-write: start "
+                "replicas, or lower it"
+            )
         if code == "MISCONF":
             return StoreUnavailable(
                 f"{url} takes no writes because it cannot save to its disk: free the disk, see its log"
@@ -744,6 +770,12 @@ class RedisLink:
                 at = shown(self._route.at) if self._route.at else "it"
                 return StoreError(
                     f"{at} is a Redis server, not a sentinel: name the sentinels in the URL, or write redis://"
+                )
+            if name in _KNOWN_TO_ALL and not self._is_guide:
+                return StoreError(
+                    f"{url} does not know {name}, so a sentinel answers there, which holds no keys: write "
+                    f"{self._scheme.partition('+')[0]}+sentinel://{shown(self._route.at or ('HOST', 26379))}/NAME/0 "
+                    "(NAME by redis-cli: SENTINEL MASTERS), or name the primary's port"
                 )
             return StoreError(
                 f"{url} does not know {name}: streams need Redis 5 or newer, and the commands of docs/redis-layout.md "

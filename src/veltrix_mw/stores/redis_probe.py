@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, Literal
 
-from veltrix_mw.errors import StoreError
-from veltrix_mw.findings import Said, Step, fail, not_made, ok, warn
+from veltrix_mw.errors import StoreError, StoreUnavailable
+from veltrix_mw.findings import Said, State, Step, fail, not_made, ok, warn
 from veltrix_mw.protocols import MirrorState, NotLetIn, NotPermitted, Position, Silent
 from veltrix_mw.settings import StoreUrl, plain_scheme, shown
 from veltrix_mw.stores.network_probe import NetworkProbe
 from veltrix_mw.stores.pace import clock_said, paced
+from veltrix_mw.stores.redis_guides import GuidesProbe
 from veltrix_mw.stores.redis_info import info_of, memory_said, persistence_said, version_said
 from veltrix_mw.stores.redis_layout import AUTHORITY, META_FIELDS, MIRROR, Meta, Names, meta_of, state_of
 from veltrix_mw.stores.redis_link import WAIT_TIMEOUT_S, Connection, RedisLink
@@ -34,7 +35,7 @@ from veltrix_mw.stores.redis_rights import (
     relaying_units,
     writing,
 )
-from veltrix_mw.stores.redis_routes import route_of
+from veltrix_mw.stores.redis_routes import Guided, route_of
 from veltrix_mw.stores.tiers import STALE_AFTER_S
 from veltrix_mw.stores.tls import Tls
 from veltrix_mw.words import ago, counted
@@ -64,6 +65,7 @@ class RedisProbe:
         self._wait_replicas = int(options.get("wait_replicas", 0))
         self._wait_timeout_s = float(options.get("wait_timeout_s", WAIT_TIMEOUT_S))
         self._opened: dict[int, RedisLink] = {}
+        self._guides: GuidesProbe | None = None
         self._not_let_in: NotLetIn | None = None
         self._meta: Meta | None = None
         self._first: Sequence[Any] = ()  # the stream's oldest entry, in a list of one or none
@@ -86,6 +88,7 @@ class RedisProbe:
             Step("service", self._service, needs=("tls",)),
             Step("authentication", self._authentication, needs=("service",)),
             Step("database", self._database, needs=("authentication",)),
+            *((Step("failover", self._failover, needs=("database",)),) if isinstance(self._route, Guided) else ()),
             Step("read", self._read, needs=("database",)),
             *bookkeeping,
             Step("write", self._write, needs=("database",)),
@@ -111,11 +114,17 @@ class RedisProbe:
     # --- who answers
 
     def _service(self, by_s: float) -> Said:
+        formed = self._formed(by_s)
+        if formed is not None and formed.state is State.FAIL:
+            return formed
         try:
             with self._session(by_s, db=0) as connection:
                 connection.execute("PING")
+                if self._route.follows:
+                    connection.execute("EXISTS", self._names.entries)  # a cluster that is down answers all else
         except NotPermitted:
-            pass
+            if self._route.at is None:
+                raise  # it answers to somebody else: those who are to name it did not
         except NotLetIn as exc:
             self._not_let_in = exc
         except Silent:
@@ -123,7 +132,30 @@ class RedisProbe:
                 f"{self._where} takes connections and answers nothing within {self._timeout_s:g} s: is the process "
                 "stopped, or its machine overloaded?"
             )
-        return ok(f"Redis answers at {self._where}{self._route.chosen}")
+        except StoreUnavailable:
+            uncovered = "" if self._guides is None else self._guides.uncovered()
+            if not uncovered:
+                raise
+            return fail(uncovered)
+        told = f"Redis answers at {self._where}{self._route.chosen}"
+        return ok(told) if formed is None else warn(f"{told}; {formed.text}")
+
+    def _formed(self, by_s: float) -> Said | None:
+        """What is wrong with the sentinels or nodes, if any are named."""
+        if not isinstance(self._route, Guided):
+            return None
+        self._guides = GuidesProbe(self._url, self._route, self._link(0))
+        now_s = time.monotonic()
+        return self._guides.look(self._network.reached, now_s + (by_s - now_s) / 2)
+
+    def _failover(self, by_s: float) -> Said:
+        """Whether another server could take over."""
+        replicas = 0
+        if self._route.asks_for_role:
+            with self._session(by_s) as connection:
+                replicas = len(connection.execute("ROLE")[2])
+        said = None if self._guides is None else self._guides.failover(replicas)
+        return not_made("none of those that name the server said what they know") if said is None else said
 
     def _authentication(self, _by_s: float) -> Said:
         if self._not_let_in is not None:
@@ -137,6 +169,8 @@ class RedisProbe:
             with self._session(by_s):
                 pass
         except NotPermitted as exc:
+            if exc.lacking == "+role":
+                raise  # behind sentinels each connection begins with it
             if exc.lacking == "+select":
                 return fail(f"{exc}; db {self._url.db} needs it, db 0 does not")
         return ok(f"db {self._url.db}")

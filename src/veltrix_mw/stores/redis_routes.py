@@ -276,7 +276,7 @@ class Nodes(Guided):
     _questions = (("CLUSTER", "SLOTS"), ("CLUSTER", "NODES"))
 
     def __init__(self, hosts: Sequence[Host], slot: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._slot = slot
+        self.slot = slot
         self.chosen = ", the cluster's primary for the namespace"
         self._nobody = f"no node of the cluster says who has slot {slot}"
         super().__init__(hosts, clock)
@@ -302,10 +302,10 @@ class Nodes(Guided):
         for first, last, *places in slots:
             hosts = [(self._host(place[0], guide), int(place[1])) for place in places]
             others += [host for host in hosts if host not in others]
-            if first <= self._slot <= last:
+            if first <= self.slot <= last:
                 owner = hosts[0], places[0][2]
         if owner is None:
-            raise StoreUnavailable(f"{self.called(guide)} knows no owner of slot {self._slot}; try again")
+            raise StoreUnavailable(f"{self.called(guide)} knows no owner of slot {self.slot}; try again")
         return _Told(owner[0], _epoch_of(owner[1], nodes), tuple(others[:_MOST_NODES]))
 
     @staticmethod
