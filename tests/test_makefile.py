@@ -248,7 +248,8 @@ def test_a_suite_that_fails_on_another_python_fails_and_the_summaries_come_last(
     faults = ["faults", "simulation", "cli/test_demo_cluster.py"]
     once = ["stores/test_mirrored.py", "stores/test_redis_topologies.py"]
     once += ["stores/test_etcd_over_grpc.py", "stores/test_etcd_handed_in.py"]
-    once += ["cli/test_doctor.py", "test_freshness_client.py", "test_herd.py", "test_lazy_mirror.py"]
+    once += ["cli/test_doctor.py", "cli/test_doctor_rights.py", "cli/test_doctor_topologies.py"]
+    once += ["test_freshness_client.py", "test_herd.py", "test_lazy_mirror.py"]
     once += ["test_leases.py", "test_permissions.py"]
     without = " ".join(f"--ignore=tests/{left}" for left in faults + once)
     alone = [("3.13", " ".join(f"tests/{part}" for part in parts)) for parts in (faults, once)]

@@ -76,7 +76,8 @@ def diagnose(
             try:
                 # What an app could not open is told; nothing is connected.
                 store = stack.enter_context(closing(open_store(parsed)))
-                probe = stack.enter_context(closing(open_probe(parsed, timeout_s=_timeout_s(parsed))))
+                opened = open_probe(parsed, lazy=prefixes, timeout_s=_timeout_s(parsed))
+                probe = stack.enter_context(closing(opened))
             except SettingsError as exc:
                 said = fail(str(exc))
         steps = [Step("url", lambda _: said), *(() if probe is None else probe.steps)]

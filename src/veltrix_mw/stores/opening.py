@@ -136,9 +136,10 @@ def open_mirror(url: StoreUrl) -> RedisMirror:
     return RedisMirror(route_of(url), db=url.db, **_server(url), **options)
 
 
-def open_probe(url: StoreUrl, *, timeout_s: float) -> EtcdProbe | RedisProbe | SqliteProbe:
+def open_probe(url: StoreUrl, *, lazy: Sequence[str] = (), timeout_s: float) -> EtcdProbe | RedisProbe | SqliteProbe:
     """What looks for faults between here and the authority of `url`; nothing is connected before its first check.
 
+    `lazy` are the prefixes that are read a unit at a time, which not every store needs anything for.
     Raises `SettingsError` as `open_store`. There is none for `memory://`, which is in this process.
     """
     match url.scheme:
@@ -154,7 +155,7 @@ def open_probe(url: StoreUrl, *, timeout_s: float) -> EtcdProbe | RedisProbe | S
             with _driver(url, "redis"):
                 from veltrix_mw.stores.redis_probe import RedisProbe
 
-            return RedisProbe(url, role="authority", timeout_s=timeout_s)
+            return RedisProbe(url, role="authority", lazy=lazy, timeout_s=timeout_s)
         case _:
             raise AssertionError(f"there is no probe for {url.scheme}")
 

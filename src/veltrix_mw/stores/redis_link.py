@@ -196,13 +196,18 @@ class Connection:
         with store_call("redis", name, self._namespace, self.host, size=len(commands)):
             return self._exchanged(commands)
 
-    def _exchanged(self, commands: Sequence[Command]) -> list[Any]:
+    def attempt(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies to several commands, sent together; refusals are among them."""
         self.is_sound = self.was_sent_on = False
         self._last = self._channel
         replies = self._channel.exchange(commands)
         if self._onward is not None:
             self._send_on(self._onward, commands, replies)
         self.is_sound = True
+        return replies
+
+    def _exchanged(self, commands: Sequence[Command]) -> list[Any]:
+        replies = self.attempt(commands)
         for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
@@ -580,6 +585,11 @@ class RedisLink:
                 raise
             why = str(exc).removesuffix("; try again")
             raise StoreUnavailable(f"{why}; the write's {_FATE}") from exc
+
+    def lacking(self, reply: Any) -> str:
+        """What the user lacks, as `NotPermitted` has it, where that is why a reply is an error; '' where it is not."""
+        told = self._refused(reply) if isinstance(reply, errors.ResponseError) else None
+        return told.lacking if isinstance(told, NotPermitted) else ""
 
     def not_ours(self, what: str) -> StoreError:
         return StoreError(

@@ -19,8 +19,21 @@ from veltrix_mw.protocols import MirrorState, NotLetIn, NotPermitted, Position, 
 from veltrix_mw.settings import StoreUrl, plain_scheme, shown
 from veltrix_mw.stores.network_probe import NetworkProbe
 from veltrix_mw.stores.pace import clock_said, paced
+from veltrix_mw.stores.redis_info import info_of, memory_said, persistence_said, version_said
 from veltrix_mw.stores.redis_layout import AUTHORITY, META_FIELDS, MIRROR, Meta, Names, meta_of, state_of
 from veltrix_mw.stores.redis_link import WAIT_TIMEOUT_S, Connection, RedisLink
+from veltrix_mw.stores.redis_rights import (
+    Lacking,
+    Trial,
+    asking_units,
+    lacking_of,
+    pushing,
+    reading,
+    reading_units,
+    relaying,
+    relaying_units,
+    writing,
+)
 from veltrix_mw.stores.redis_routes import route_of
 from veltrix_mw.stores.tiers import STALE_AFTER_S
 from veltrix_mw.stores.tls import Tls
@@ -30,10 +43,7 @@ __all__ = ["RedisProbe", "Role"]
 
 Role = Literal["authority", "mirror"]
 
-_NEARLY_FULL: Final = 0.9  # of maxmemory
 _MOST_DATABASES: Final = 16  # looked through for a namespace that is not where it was looked for
-_OLDEST: Final[tuple[int, int]] = (5, 0)  # streams
-_COMFORTABLE: Final[tuple[int, int]] = (7, 0)  # ACLs that grant reading alone
 
 
 class RedisProbe:
@@ -79,6 +89,7 @@ class RedisProbe:
             Step("read", self._read, needs=("database",)),
             *bookkeeping,
             Step("write", self._write, needs=("database",)),
+            *((Step("lazy", self._units, needs=("read",)),) if self._lazy else ()),
             Step("version", self._version, needs=("database",)),
             Step("memory", self._memory, needs=("database",)),
             *persistence,
@@ -135,10 +146,15 @@ class RedisProbe:
     def _read(self, by_s: float) -> Said:
         names = self._names
         with self._session(by_s) as connection:
+            lacking = self._lacking(connection, reading(names, follows=self._route.follows))
+            if lacking:
+                keys = "" if all(map(_is_command, lacking.words)) else f" (%R~{names.base}* to read)"
+                return fail(f"{self._who} may not follow{keys}: {lacking.remedy(self._url.user)}")
             self._take(connection)
-            # What a follower asks.
             is_there = bool(connection.execute("EXISTS", names.entries))
-            connection.execute("HSCAN", names.entries, 0, "COUNT", 1)
+            connection.execute(
+                "HSCAN", names.entries, 0, "COUNT", 1
+            )  # each of these says so where a key is none of ours
             self._first = connection.execute("XRANGE", names.changes, "-", "+", "COUNT", 1)
             connection.execute("XREAD", "COUNT", 1, "STREAMS", names.changes, "0")
         meta = self._meta
@@ -189,17 +205,26 @@ class RedisProbe:
         return ok(f"{self._names.lease} can be read")
 
     def _write(self, by_s: float) -> Said:
-        try:
-            with self._session(by_s) as connection:
-                connection.try_writing(self._names.changes, "" if self._role == "mirror" else self._names.keys)
-        except NotPermitted as exc:
-            self._may_write = False
-            who = "relay" if self._role == "mirror" else "writer"
-            return warn(f"{self._who} may not write: right for a worker, not for a {who}: {exc}")
-        self._may_write = True
-        if self._wait_replicas and self._role == "authority":
+        names, is_mirror = self._names, self._role == "mirror"
+        role = "relay" if is_mirror else "writer"
+        with self._session(by_s) as connection:
+            lacking = self._lacking(connection, relaying(names) if is_mirror else writing(names))
+            if not lacking:
+                connection.try_writing(names.changes, "" if is_mirror else names.keys)
+        self._may_write = not lacking
+        if lacking.is_partial:
+            return fail(
+                f"{self._who} may do a part of what a {role} does, and not all, so each write fails or is done by "
+                f"half: {lacking.remedy(self._url.user)}"
+            )
+        if lacking:
+            return warn(
+                f"{self._who} may not write: right for a worker, not for a {role}, which needs: "
+                f"{lacking.remedy(self._url.user)}"
+            )
+        if self._wait_replicas and not is_mirror:
             return self._wait(by_s)
-        return ok("this is permitted (asked by an entry that Redis refuses: nothing was written)")
+        return ok(f"all that a {role} runs is permitted (asked in words that Redis refuses: nothing was written)")
 
     def _wait(self, by_s: float) -> Said:
         """Whether writes are acknowledged, where replicas must have them."""
@@ -217,53 +242,56 @@ class RedisProbe:
             )
         return ok(f"this is permitted, and {counted(found, 'replica')} confirm what is written (nothing was)")
 
+    def _units(self, by_s: float) -> Said:
+        """Whether lazy units can be had from here."""
+        names, of_mirror = self._names, self._role == "mirror"
+        with self._session(by_s) as connection:
+            lacking = self._lacking(connection, reading_units(names, of_mirror=of_mirror))
+            asking = self._lacking_push(connection, asking_units(names)) if of_mirror else Lacking()
+            filling = (
+                self._lacking_push(connection, relaying_units(names)) if of_mirror and self._may_write else Lacking()
+            )
+            indexed = of_mirror or lacking or connection.execute("EXISTS", names.keys)
+        if lacking and not of_mirror:
+            remedy = lacking.remedy(self._url.user)
+            if self._may_write:
+                return warn(f"{self._who} may not read lazy units: right for a writer, not for a worker: {remedy}")
+            return fail(f"{self._who} may not read lazy units: {remedy}")
+        if not indexed and self._meta is not None and self._meta.count:
+            return fail(
+                f"the key {names.keys} is gone, deleted or evicted, so lazy units cannot be found: the next write "
+                "makes it anew; set maxmemory-policy noeviction"
+            )
+        if filling:
+            return warn(
+                f"as a relay, {self._who} cannot fill lazy units, so workers read them from the authority: "
+                f"{filling.remedy(self._url.user)}"
+            )
+        if lacking or asking:
+            both = Lacking(tuple(dict.fromkeys((*lacking.words, *asking.words))))
+            verb = "read lazy units here" if lacking else "ask the relay for lazy units"
+            return warn(
+                f"{self._who} may not {verb}, so each worker reads them from the authority: "
+                f"{both.remedy(self._url.user)}"
+            )
+        if of_mirror:
+            return ok("units can be read, and the relay be asked for them")
+        return ok("units can be found and read")
+
     # --- how it is
 
     def _version(self, by_s: float) -> Said:
         told = self._section("server", by_s)
-        if isinstance(told, Said):
-            return told
-        number = told.get("valkey_version") or told.get("redis_version", "")
-        name = f"{'Valkey' if 'valkey_version' in told else 'Redis'} {number}"
-        found = re.match(r"(\d+)\.(\d+)", told.get("redis_version", ""))
-        version: tuple[int, int] = (int(found[1]), int(found[2])) if found else _COMFORTABLE
-        if version < _OLDEST:
-            return fail(f"{name} has no streams: take Redis 5 or newer, best 7")
-        if told.get("redis_mode") == "cluster" and not self._route.follows:
-            return fail(f"{name} is a node of a Redis Cluster, which {self._url.scheme}:// does not follow")
-        if version < _COMFORTABLE:
-            return warn(f"{name} works, but cannot grant a user to read alone (%R~): take Redis 7 where you have users")
-        return ok(name)
+        return told if isinstance(told, Said) else version_said(told, scheme=self._url.scheme)
 
     def _memory(self, by_s: float) -> Said:
         told = self._section("memory", by_s)
-        if isinstance(told, Said):
-            return told
-        used, most = int(told.get("used_memory", 0)), int(told.get("maxmemory", 0))
-        policy = told.get("maxmemory_policy", "noeviction")
-        mib = 1 << 20
-        if not most:
-            return warn(
-                f"{used / mib:.1f} MiB used, without a maxmemory: it grows until its machine has no more; "
-                "set maxmemory, with room to spare"
-            )
-        shown = f"{used / mib:.1f} of {most / mib:.1f} MiB used, {policy}"
-        spares_ours = self._role == "mirror" and policy.startswith("volatile-")  # but for lazy units, which come again
-        if policy != "noeviction" and not spares_ours:
-            return warn(f"{shown}: it may evict keys of this namespace; set maxmemory-policy noeviction")
-        if used >= _NEARLY_FULL * most:
-            return warn(
-                f"{shown}: nearly full, and then nothing is written; raise maxmemory, or remove what else is there"
-            )
-        return ok(shown)
+        # Of a mirror lazy units alone have an end, and they come again.
+        return told if isinstance(told, Said) else memory_said(told, spares_ours=self._role == "mirror")
 
     def _persistence(self, by_s: float) -> Said:
         told = self._section("persistence", by_s)
-        if isinstance(told, Said):
-            return told
-        if told.get("aof_enabled") == "1":
-            return ok("appendonly yes")
-        return warn("appendonly no: a restart loses acknowledged writes; set appendonly yes, and make backups")
+        return told if isinstance(told, Said) else persistence_said(told)
 
     def _clock(self, by_s: float) -> Said:
         with self._session(by_s) as connection:
@@ -325,7 +353,10 @@ class RedisProbe:
             )
         more = sorted(set(self._lazy) - set(meta.lazy))
         if more:
-            return ok(f"it holds everything, also {', '.join(more)}, which is lazy here")
+            return warn(
+                f"it holds {', '.join(more)} itself, and its relay fills no lazy units of that, so workers read them "
+                "from the authority: give all workers and the relay the same lazy="
+            )
         return ok(f"it leaves out {', '.join(meta.lazy)}, as all do" if meta.lazy else "it holds every prefix")
 
     def _relay(self, _by_s: float) -> Said:
@@ -347,6 +378,24 @@ class RedisProbe:
     @property
     def _who(self) -> str:
         return f"user {self._url.user!r}" if self._url.user else "the default user"
+
+    def _lacking(self, connection: Connection, trials: Sequence[Trial]) -> Lacking:
+        link = self._link(self._url.db)
+        replies = connection.attempt([trial.words for trial in trials])
+        return lacking_of(trials, [link.lacking(reply) for reply in replies])
+
+    def _lacking_push(self, connection: Connection, trials: Sequence[Trial]) -> Lacking:
+        """Of these and of a push to the queue of wanted units."""
+        link = self._link(self._url.db)
+        first, then = pushing(self._url.namespace, self._names)
+        (reply,) = connection.attempt([first.words])
+        lacks = link.lacking(reply)
+        (reply,) = connection.attempt([then(bool(lacks) and not _is_command(lacks)).words])
+        found = self._lacking(connection, trials)
+        # Without a command named it is a script's, which tells no name, or the key beside.
+        told = link.lacking(reply)
+        is_barred = told == "+rpush" or told.startswith("a command that a script")
+        return Lacking(("+rpush", *found.words)) if is_barred else found
 
     def _take(self, connection: Connection) -> None:
         values, now = connection.pipeline([("HMGET", self._names.entries, *META_FIELDS), ("TIME",)])
@@ -378,5 +427,9 @@ class RedisProbe:
 
     @staticmethod
     def _info(connection: Connection, section: str) -> dict[str, str]:
-        text = connection.execute("INFO", section).decode("utf-8", "replace")
-        return dict(line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith("#"))
+        return info_of(connection.execute("INFO", section))
+
+
+def _is_command(word: str) -> bool:
+    """Whether what is lacking is a command, and no key."""
+    return word.startswith("+")

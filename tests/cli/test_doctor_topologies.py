@@ -1,0 +1,1 @@
+"""`doctor` where several servers hold a namespace: sentinels, a Redis Cluster, several members of etcd."""
