@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs the suite on the main environment, and on every other Python that this project supports and this machine has.
-# Three parts run at a time: they wait for servers more than they compute. No part is begun once one has failed. What
+# Four parts run at a time: they wait for servers more than they compute. No part is begun once one has failed. What
 # the first part says is shown as it runs, what the others say once they end. The last lines are pytest's own summaries,
 # one a part.
 #
-# What takes minutes and does not depend on the interpreter is run on the main one alone, as a part of its own: the
-# faults on real servers, their simulation, the cluster's demo, herds, leases, the doctor, what permissions allow, and the
+# What takes minutes and does not depend on the interpreter is run on the main one alone, as two parts of their own: the
+# faults on real servers, their simulation and the cluster's demo; herds, leases, the doctor, what permissions allow, and the
 # contract of stores behind a mirror, of several servers or over gRPC, whose parts each Python runs by themselves. The
 # package etcd3 has an environment of its own, as it gets on with no protobuf of the last years.
 #
@@ -13,12 +13,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-once=(faults simulation cli/test_demo_cluster.py)
-once+=(stores/test_mirrored.py stores/test_redis_topologies.py)
+faults=(faults simulation cli/test_demo_cluster.py)
+once=(stores/test_mirrored.py stores/test_redis_topologies.py)
 once+=(stores/test_etcd_over_grpc.py stores/test_etcd_handed_in.py)
 once+=(cli/test_doctor.py cli/test_doctor_rights.py cli/test_doctor_topologies.py)
 once+=(test_freshness_client.py test_herd.py test_lazy_mirror.py test_leases.py test_permissions.py)
-at_a_time=3
+at_a_time=4
 logs=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$logs"' EXIT
 labels=()             # what each part is run on, by its number
@@ -66,7 +66,9 @@ run() {
 }
 
 main=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-run .venv/bin/python "${once[@]/#/--ignore=tests/}"
+elsewhere=("${faults[@]}" "${once[@]}")
+run .venv/bin/python "${elsewhere[@]/#/--ignore=tests/}"
+run .venv/bin/python "${faults[@]/#/tests/}"
 run .venv/bin/python "${once[@]/#/tests/}"
 scripts/environment.sh .venvs/etcd3 etcd3 "" etcd3
 run .venvs/etcd3/bin/python tests/etcd3
@@ -75,7 +77,7 @@ while read -r version python <&3; do
     "$main") ;;
     3.11 | 3.12 | 3.13)
       scripts/environment.sh ".venvs/$version" test "$python"
-      run ".venvs/$version/bin/python" "${once[@]/#/--ignore=tests/}"
+      run ".venvs/$version/bin/python" "${elsewhere[@]/#/--ignore=tests/}"
       ;;
   esac
 done 3< <(scripts/pythons.sh)

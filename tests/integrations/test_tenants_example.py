@@ -36,7 +36,10 @@ def url(tmp_path: Path) -> str:
 def shop(url: str) -> Iterator[Served]:
     """The app in one process, so that its figures are those of all requests; it has seeded its store."""
     with serve(APP, server="uvicorn", asgi=True, workers=1, env={"VELTRIX_URL": url}, probe="/live/figures") as served:
-        wait_until(lambda: figures(served)["revision"] > 0, WITHIN_S, reason="the seeds are followed")
+        with ConfigClient(url, lazy=LAZY) as client:
+            client.wait_ready(WITHIN_S)
+            seeded = client.snapshot.revision
+        wait_until(lambda: figures(served)["revision"] >= seeded, WITHIN_S, reason="all seeds are followed")
         yield served
 
 
