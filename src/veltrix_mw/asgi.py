@@ -113,6 +113,9 @@ class ConfigMiddleware:
             if not made & 15:
                 views.ensure_running()
             view = views.base
+            span = self._recording_span() if current_context() else None
+            if span is not None:
+                view = counting = self._views.counting(view)
         else:
             # A view that is not the current one was left by a request that this scope was sent for before.
             if outer is not None and _current.get(None) is outer:
@@ -122,6 +125,9 @@ class ConfigMiddleware:
                 await self._start()
             try:
                 view = requested_view(self.client, self._layers, scope, self._on_invalid_layer)
+                span = self._recording_span() if current_context() else None
+                if span is not None:
+                    view = counting = self._views.counting(view)
                 if self._is_lazy:
                     keys = requested_keys(self.client, self._prefetch, scope, self._on_invalid_layer)
                     await view._aprefetch(keys)
@@ -130,11 +136,8 @@ class ConfigMiddleware:
                 return
             if self._revision_header and kind == "http":
                 send = _with_header(send, view)
-        span = self._recording_span() if current_context() else None
-        if span is not None:
-            view = counting = self._views.counting(view)
-            if kind == "http":
-                send = _annotating(send, span, counting)
+        if span is not None and kind == "http":
+            send = _annotating(send, span, counting)
         # In place: a copied scope would hide what inner parts add to it (`route`) from outer middleware.
         state = scope.setdefault("state", {})
         state[self._attribute] = scope[VIEW_KEY] = view

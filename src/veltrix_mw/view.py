@@ -800,7 +800,7 @@ class _TrackingView(View):
 
 
 class Tally:
-    """How many reads a request made and how long they took; its views share it."""
+    """How many reads a request made, and how long they and its waits for lazy units took; its views share it."""
 
     __slots__ = ("count", "total_ns")
 
@@ -810,7 +810,7 @@ class Tally:
 
 
 class CountingView(View):
-    """The view of a request whose span records: it counts and times its reads.
+    """The view of a request whose span records: it counts and times its reads, and times its waits for lazy units.
 
     Reads of several threads at once may be counted as one: the figures are for people.
     """
@@ -881,6 +881,37 @@ class CountingView(View):
             return super()._derive(name, fn, model)
         finally:
             self._counted(begun)
+
+    def _load(self, wanted: list[str], timeout_s: float | None) -> None:
+        begun = time.perf_counter_ns()
+        try:
+            super()._load(wanted, timeout_s)
+        finally:
+            self._waited(begun)
+
+    async def _aload(self, wanted: list[str], timeout_s: float | None) -> None:
+        begun = time.perf_counter_ns()
+        try:
+            await super()._aload(wanted, timeout_s)
+        finally:
+            self._waited(begun)
+
+    def _prefetch(self, keys: Iterable[str]) -> None:
+        begun = time.perf_counter_ns()
+        try:
+            super()._prefetch(keys)
+        finally:
+            self._waited(begun)
+
+    async def _aprefetch(self, keys: Iterable[str]) -> None:
+        begun = time.perf_counter_ns()
+        try:
+            await super()._aprefetch(keys)
+        finally:
+            self._waited(begun)
+
+    def _waited(self, begun_ns: int) -> None:
+        self._tally.total_ns += time.perf_counter_ns() - begun_ns
 
     def _counted(self, begun_ns: int) -> None:
         tally = self._tally

@@ -106,15 +106,15 @@ class ConfigMiddleware:
             self._start()
         try:
             view = requested_view(self.client, self._layers, environ, self._on_invalid_layer)
+            span = self._recording_span()
+            if span is not None:
+                view = self._views.counting(view)
             if self._is_lazy:
                 view._prefetch(requested_keys(self.client, self._prefetch, environ, self._on_invalid_layer))
         except InvalidKey:
             return _refuse(environ, start_response)
         if self._revision_header:
             start_response = _with_header(start_response, view)
-        span = self._recording_span()
-        if span is not None:
-            view = self._views.counting(view)
         environ[VIEW_KEY] = view
         end = _nothing if span is None else partial(report, span, view)
         token = _current.set(view)

@@ -20,6 +20,7 @@ from veltrix_mw.cli.health import status
 from veltrix_mw.cli.reading import get, history, list_
 from veltrix_mw.cli.relaying import relay
 from veltrix_mw.cli.session import Session, lazy_option, on_store
+from veltrix_mw.cli.tracing import trace
 from veltrix_mw.cli.transfer import export, import_
 from veltrix_mw.cli.writing import delete, put, rollback
 
@@ -93,12 +94,12 @@ def main(ctx: click.Context, session: Session) -> None:
     veltrix get checkout/max_items
 
     --url, --mirror, --namespace and --json stand before or after the verb. A mirror matters to watch, status,
-    doctor and relay; all others ask the authority alone.
+    doctor, trace and relay; all others ask the authority alone.
     """
     ctx.obj = session
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-for verb in (get, put, delete, list_, watch, history, rollback, import_, export, status, doctor, relay, demo):
+for verb in (get, put, delete, list_, watch, history, rollback, import_, export, status, doctor, trace, relay, demo):
     main.add_command(verb)

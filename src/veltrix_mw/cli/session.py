@@ -42,11 +42,11 @@ class Session:
         )
 
     @contextmanager
-    def client(self, *, mirrored: bool = False, instance: str | None = None) -> Iterator[ConfigClient]:
+    def client(self, *, mirrored: bool = False, **settings: Any) -> Iterator[ConfigClient]:
         """A client that follows nothing yet; closed at the end. Raises `SettingsError`.
 
         `mirrored`: it knows the mirror and the lazy prefixes too. Without, it has the authority alone: a mirror that is
-        away or named wrongly is nothing to a verb that does not need one.
+        away or named wrongly is nothing to a verb that does not need one. `settings` are further ones of the client's.
         """
         url = self.url or os.environ.get("VELTRIX_URL", "")
         if url.strip().startswith("memory:"):
@@ -60,7 +60,7 @@ class Session:
             namespace=self.namespace,
             lazy=self.lazy if mirrored else (),
             relay="never",  # a command that ends in a moment is no relay
-            instance=instance,
+            **settings,
         )
         try:
             yield client
