@@ -115,7 +115,7 @@ class ConfigMiddleware:
             view = views.base
             span = self._recording_span() if current_context() else None
             if span is not None:
-                view = counting = self._views.counting(view)
+                view = self._views.counting(view)
         else:
             # A view that is not the current one was left by a request that this scope was sent for before.
             if outer is not None and _current.get(None) is outer:
@@ -127,7 +127,7 @@ class ConfigMiddleware:
                 view = requested_view(self.client, self._layers, scope, self._on_invalid_layer)
                 span = self._recording_span() if current_context() else None
                 if span is not None:
-                    view = counting = self._views.counting(view)
+                    view = self._views.counting(view)
                 if self._is_lazy:
                     keys = requested_keys(self.client, self._prefetch, scope, self._on_invalid_layer)
                     await view._aprefetch(keys)
@@ -137,7 +137,7 @@ class ConfigMiddleware:
             if self._revision_header and kind == "http":
                 send = _with_header(send, view)
         if span is not None and kind == "http":
-            send = _annotating(send, span, counting)
+            send = _annotating(send, span, cast(CountingView, view))
         # In place: a copied scope would hide what inner parts add to it (`route`) from outer middleware.
         state = scope.setdefault("state", {})
         state[self._attribute] = scope[VIEW_KEY] = view
