@@ -137,7 +137,7 @@ class ConfigMiddleware:
             if self._revision_header and kind == "http":
                 send = _with_header(send, view)
         if span is not None and kind == "http":
-            send = _annotating(send, span, cast(CountingView, view))
+            send = _annotating(send, span, cast("CountingView", view))
         # In place: a copied scope would hide what inner parts add to it (`route`) from outer middleware.
         state = scope.setdefault("state", {})
         state[self._attribute] = scope[VIEW_KEY] = view
