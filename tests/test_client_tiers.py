@@ -71,6 +71,19 @@ def test_a_mirror_that_never_worked_is_told_once_and_its_coming_is_no_warning(
     assert (level, "the mirror is well, and followed from here on" in text) == ("INFO", True)
 
 
+def test_a_mirror_that_is_empty_at_a_start_is_no_warning(
+    url: str, redis: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "veltrix_mw")
+    with ConfigClient(url, mirror=mirror_url(redis)) as client:  # which stands for election, and fills it
+        client.put("k", 1)
+        client.wait_ready(WITHIN_S)
+        wait_until(lambda: follows(client, "mirror"), WITHIN_S, reason="the mirror to be followed")
+    (first, text), *others = told(caplog, "veltrix.failover")
+    assert "the mirror is not followed, and the authority is: it is empty" in text
+    assert {level for level, _ in ((first, text), *others)} == {"INFO"}
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])
 def test_a_namespace_that_nobody_wrote_to_is_told_and_is_ready_all_the_same(
     kind: str, url: str, redis: RedisServer, caplog: pytest.LogCaptureFixture

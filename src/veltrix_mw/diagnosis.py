@@ -186,21 +186,21 @@ def _agreement(authority: Store | None, mirror: RedisProbe, by_s: float) -> Said
 
 def _compared(authority: Store, position: Position, by_s: float) -> Said:
     """What the authority says of where its mirror stands."""
-    remedy = "Give each authority a db or namespace of its own; a relay of this one fills the mirror anew"
+    remedy = (
+        "it is fed from another authority, or from this one before a restore. Give each authority a db or namespace of "
+        "its own; a relay of this one fills the mirror anew"
+    )
     here = f"the mirror is at revision {position.revision} of incarnation {position.incarnation}"
     try:
         confirmation = authority.confirm(position, timeout_s=by_s - time.monotonic())
-    except Restored as exc:
-        return fail(
-            f"{here}, which is of another history ({exc}): it is fed from another authority, or from this one before a "
-            f"restore. {remedy}"
-        )
-    except Compacted as exc:
-        return fail(f"{here}, which may be of another history: the authority does not keep it ({exc}). {remedy}")
+    except Restored:
+        return fail(f"{here}, which is of another history than the authority's: {remedy}")
+    except Compacted:
+        return fail(f"{here}, which the authority does not keep any more, so it may be of another history: {remedy}")
     except StoreError as exc:
         return not_made(f"the authority was not to be asked: {exc}")
     if confirmation.incarnation != position.incarnation:
-        return fail(f"{here}, and the authority at incarnation {confirmation.incarnation or 'none'}. {remedy}")
+        return fail(f"{here}, and the authority at incarnation {confirmation.incarnation or 'none'}: {remedy}")
     behind = confirmation.revision - position.revision
     if behind <= 0:
         return ok(f"both at incarnation {position.incarnation}, the mirror at revision {position.revision}")

@@ -52,6 +52,13 @@ class DiskProbe:
             return fail(
                 f"{folder} is not there, and this user may not make it in {above}: make it, for this user alone"
             )
+        try:
+            tempfile.TemporaryFile(dir=above).close()  # root may do all, and yet makes nothing in /proc
+        except OSError as exc:
+            return fail(
+                f"{folder} is not there, and nothing can be made in {above} ({exc.strerror or type(exc).__name__}): "
+                "name another one"
+            )
         return warn(f"{folder} is not there yet: the first save makes it; or is another one meant?")
 
     def _write(self, _by_s: float) -> Said:

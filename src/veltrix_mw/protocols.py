@@ -110,8 +110,9 @@ class Listing:
     namespace's newest revision, 0 when nothing was ever written. `origin` is the tier that it came from, empty for
     the store's own; `ignored` how many keys were passed over because they are none of ours, by their shape. `age_s` is
     how old this was when it was asked for: 0 from the authority itself, the relay's own age from a mirror.
-    `passed_over` says why the other tier was not asked for it by a process that had nothing yet, empty otherwise.
-    `lazy` are the prefixes that a mirror left out.
+    `passed_over` says why the other tier was not asked for it by a process that had nothing yet, empty otherwise;
+    `unfilled` that it is a mirror that is empty, as before its first relay. `lazy` are the prefixes that a mirror left
+    out.
     """
 
     position: Position
@@ -120,6 +121,7 @@ class Listing:
     ignored: int = 0
     age_s: float = 0.0
     passed_over: str = ""
+    unfilled: bool = False
     lazy: tuple[str, ...] = ()
 
 

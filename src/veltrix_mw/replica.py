@@ -502,7 +502,9 @@ class Replica:
         self._expected = None
         self._confirm_next(event.now_s)
         if listing.passed_over:
-            self._notice("veltrix.failover", "warning", reason=listing.passed_over, after_s=0.0, tier=listing.origin)
+            # An empty mirror is what a first deploy finds: its relay is as new as this process.
+            level = "info" if listing.unfilled else "warning"
+            self._notice("veltrix.failover", level, reason=listing.passed_over, after_s=0.0, tier=listing.origin)
         self._note_rejections({})
         self._note_accepted(before)
         wanting = self._keyspace.wanting[:HISTORY_KEYS]

@@ -1,14 +1,17 @@
 """Words: numbers in sentences.
 
-Owns how a count and an age read; knows nothing of what they are of.
+Owns how a count, an age and a list of names read; knows nothing of what they are of.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["ago", "counted", "milliseconds"]
+__all__ = ["ago", "counted", "milliseconds", "named_there"]
+
+_MOST_NAMED: Final = 10
 
 _UNITS: Final = ((86400, "days"), (3600, "hours"), (60, "minutes"))
 
@@ -27,6 +30,13 @@ def ago(age_s: float) -> str:
         if age_s >= 2 * unit_s:
             return f"{age_s / unit_s:.0f} {name} ago"
     return f"{age_s:.0f} s ago" if age_s >= 10 else f"{age_s:.1f} s ago"
+
+
+def named_there(names: Iterable[str]) -> str:
+    """What else of the kind is there, to be added to a sentence: ` (there: blog, shop)`; empty for nothing."""
+    shown = sorted(names)
+    more = ", ..." if len(shown) > _MOST_NAMED else ""
+    return f" (there: {', '.join(shown[:_MOST_NAMED])}{more})" if shown else ""
 
 
 def milliseconds(took_s: float) -> str:

@@ -713,6 +713,8 @@ def test_a_folder_that_cannot_be_written(shell: Shell, put: Put, tmp_path: Path)
     below = examined(shell, "--last-known-good", str(file / "folder"))
     refused(below, "last-known-good", "folder", f"as {file} is not a folder")
     # Nobody makes files there, root neither.
+    missing = examined(shell, "--last-known-good", "/proc/veltrix")
+    refused(missing, "last-known-good", "folder", "nothing can be made in /proc")
     sealed = examined(shell, "--last-known-good", "/proc")
     refused(sealed, "last-known-good", "writable", "/proc cannot be written to")
 
@@ -792,6 +794,29 @@ def test_a_mirror_of_another_history_under_the_same_name(shell: Shell, redis: Re
         assert examined(shell, "--mirror", mirror_url(redis)).state("mirror", "agreement") == "ok"
 
 
+def test_a_mistyped_namespace_is_told_beside_those_that_are_there(
+    shell: Shell, cluster: EtcdCluster, redis: RedisServer
+) -> None:
+    write(redis_url(redis))
+    for url in (etcd_url(cluster), redis_url(redis)):
+        shell.store = url.replace("shop", "shpo")
+        report = examined(shell)
+        assert ("authority", "read") in report.warned
+        assert report.text("authority", "read").endswith("namespace (there: shop)")
+
+
+def test_a_mirror_of_another_history_is_told_in_the_diagnosis_own_words(
+    shell: Shell, put: Put, redis: RedisServer
+) -> None:
+    put("k", 1)
+    with fed(shell, mirror_url(redis)):
+        pass
+    redis.run("HSET", "veltrix:{default}:entries", "#incarnation", "another")
+    text = examined(shell, "--mirror", mirror_url(redis)).text("mirror", "agreement")
+    assert "of another history than the authority's: it is fed from another authority" in text
+    assert "list again" not in text  # what a follower would do
+
+
 def test_a_mirror_that_stays_behind_is_a_warning(shell: Shell, put: Put, redis: RedisServer) -> None:
     put("k", 1)
     with fed(shell, mirror_url(redis)):
@@ -825,7 +850,7 @@ def test_what_is_no_store(shell: Shell, redis: RedisServer) -> None:
     assert examined(shell).failed == [("authority", "service")]
     with etcd_servers.etcd() as cluster:
         shell.store = f"redis://127.0.0.1:{cluster.members[0].port}/0?namespace=shop"
-        assert examined(shell).failed == [("authority", "service")]
+        refused(examined(shell), "authority", "service", "speaks HTTP, and is no Redis")
 
 
 def test_a_url_that_cannot_be_parsed_is_a_failure_that_quotes_no_secret(shell: Shell) -> None:
@@ -855,16 +880,33 @@ def test_lines_for_a_person_and_exit_codes(shell: Shell, put: Put, free_port: in
     put("k", 1)
     well = shell.process("doctor")
     assert (well.code, well.err) == (0, "")
-    assert [line.split()[0] for line in well.out.splitlines()] == ["ok"] * 5
+    *lines, last = well.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok"] * 5
+    assert last == "all is well, by 5 checks"
     broken = shell.process("doctor", "--url", f"redis://127.0.0.1:{free_port}/0?namespace=shop")
     assert (broken.code, broken.err) == (1, "")
     lines = broken.out.splitlines()
     assert lines[2].split()[:3] == ["fail", "authority", "connection"]
-    assert lines[3].startswith("not made  authority")
+    assert lines[3].startswith("not made  authority        12 checks       because of connection: tls, service, ")
+    assert lines[4:] == ["1 failure: begin with authority connection"]
     for wrong in (["--nonsense"], ["--lazy", "no prefix"]):
         assert shell.run("doctor", *wrong).code == 2
     listed = shell.run("--help").out
     assert "doctor" in listed
+
+
+def test_a_warning_is_a_failure_where_that_is_asked_for(shell: Shell, put: Put) -> None:
+    put("k", 1)
+    shell.store = f"{shell.url}?namespace=shpo"  # mistyped, so nothing was written there
+    assert "another namespace? (there: default)" in examined(shell).text("authority", "read")
+    assert examined(shell).answer.code == 0
+    loose, strict = shell.run("doctor"), shell.run("doctor", "--strict")
+    assert (loose.code, strict.code) == (0, 1)
+    assert loose.out.splitlines()[-1] == strict.out.splitlines()[-1] == "no failure, 1 warning: authority read"
+    told = shell.run("doctor", "--strict", "--json")
+    assert (told.code, told.json["well"]) == (1, False)
+    shell.store = ""
+    assert shell.run("doctor", "--strict").code == 0
 
 
 @pytest.mark.parametrize("url", ["etcd://127.0.0.1:1/shop", "redis://127.0.0.1:1/0?namespace=shop"])
@@ -873,8 +915,9 @@ def test_a_driver_that_is_missing_is_a_failure_that_says_what_to_install(shell: 
     code = f"import sys; sys.modules[{driver!r}] = None; from veltrix_mw.cli import main; main()"
     done = shell.process("doctor", "--url", url, command=("-c", code))
     assert (done.code, done.err) == (1, "")
-    (line,) = done.out.splitlines()
+    line, last = done.out.splitlines()
     assert line.startswith("fail      authority        url ")
+    assert last == "1 failure: begin with authority url"
     assert f"veltrix-mw[{url.partition(':')[0]}]" in line
 
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import pytest
 
 from tests.cli.conftest import Shell
-from tests.cli.test_doctor import BASE, NAMESPACE, Report, examined, fed, mirror_url, redis_url, refused, write
+from tests.cli.test_doctor import (
+    BASE,
+    NAMESPACE,
+    Report,
+    etcd_url,
+    examined,
+    fed,
+    mirror_url,
+    redis_url,
+    refused,
+    write,
+)
+from tests.support.etcd_servers import EtcdCluster, etcd
 from tests.support.redis_servers import RedisServer
 from tests.test_permissions import commands, granted
 from veltrix_mw.stores.redis_layout import Names
@@ -207,3 +219,42 @@ def test_a_mirror_that_holds_what_is_lazy_here_is_a_warning(
         report = examined(shell, "--mirror", mirror_url(redis), *LAZY)
     assert report.warned == [("mirror", "coverage")]
     assert "it holds tenants/ itself" in report.text("mirror", "coverage")
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[EtcdCluster]:
+    """An etcd with users, each of which may write something else."""
+    with etcd(options=["--bcrypt-cost=4"]) as running:
+        write(etcd_url(running))
+        running.turn_auth_on(writer="pw", half="pw", relay="pw", worker="pw")
+        for role in ("half", "relay", "worker"):
+            running.grant(role, f"{NAMESPACE}/", f".veltrix/{NAMESPACE}/", access="read")
+        running.grant("half", f"{NAMESPACE}/")
+        running.grant("writer", f"{NAMESPACE}/", f".veltrix/{NAMESPACE}/")
+        running.ctl("role", "grant-permission", "relay", "readwrite", f".veltrix/{NAMESPACE}/incarnation")
+        yield running
+
+
+@pytest.mark.parametrize("transport", ["gateway", "grpc"])
+@pytest.mark.parametrize(
+    ("who", "state", "text"),
+    [
+        ("writer", "ok", "this is permitted"),
+        ("half", "fail", "user 'half' may write 'shop/' and not '.veltrix/shop/change', '.veltrix/shop/incarnation'"),
+        ("relay", "warn", "may not write 'shop/', '.veltrix/shop/change': right for a relay"),
+        ("worker", "warn", "'.veltrix/shop/incarnation': right for a worker"),
+    ],
+)
+def test_what_a_user_of_etcd_may_write_is_told_by_role(
+    shell: Shell, guarded: EtcdCluster, transport: str, who: str, state: str, text: str
+) -> None:
+    shell.store = etcd_url(guarded, login=f"{who}:pw@", query=f"transport={transport}")
+    before = guarded.revision()
+    report = examined(shell)
+    assert guarded.revision() == before
+    assert report.state("authority", "write") == state
+    assert text in report.text("authority", "write")
+    if who == "half":
+        assert report.failed == [("authority", "write")]
+        assert "--prefix=true readwrite '.veltrix/shop/'" in report.text("authority", "write")
+        assert shell.run("put", "a", "1").code == 6

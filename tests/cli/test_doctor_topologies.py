@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Final
 
 import pytest
 
 from tests.cli.conftest import Shell
-from tests.cli.test_doctor import BOUNDED, CONVERGE_S, NAMESPACE, PATIENCE_S, examined, refused, write
+from tests.cli.test_doctor import BOUNDED, CONVERGE_S, NAMESPACE, PATIENCE_S, etcd_url, examined, refused, write
+from tests.support.etcd_servers import EtcdCluster, etcd, make_certificates
 from tests.support.redis_servers import (
     PRIMARY,
+    Certificates,
     ClusterSet,
     Sentinel,
     SentinelSet,
@@ -42,6 +45,169 @@ def nodes() -> Iterator[ClusterSet]:
     with cluster_set(*BOUNDED) as servers:
         write(f"{servers.url}{QUERY}")
         yield servers
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[EtcdCluster]:
+    """An etcd with users, each of which lacks something else."""
+    with etcd(options=["--bcrypt-cost=4"]) as running:
+        write(etcd_url(running))
+        running.turn_auth_on(worker="pw", unprefixed="pw", unkept="pw")
+        running.grant("worker", f"{NAMESPACE}/", f".veltrix/{NAMESPACE}/", access="read")
+        running.grant("unprefixed", f".veltrix/{NAMESPACE}/", access="read")
+        running.grant("unkept", f"{NAMESPACE}/", access="read")
+        yield running
+
+
+@pytest.fixture(params=["sentinel", "cluster"])
+def several(request: pytest.FixtureRequest) -> SentinelSet | ClusterSet:
+    """Sentinels or a cluster, whole."""
+    servers: SentinelSet | ClusterSet = request.getfixturevalue(
+        {"sentinel": "sentinels", "cluster": "nodes"}[request.param]
+    )
+    return servers
+
+
+def url_of(servers: SentinelSet | ClusterSet, *, login: str = "", query: str = "", timeout_s: int = PATIENCE_S) -> str:
+    return f"{servers.url.replace('://', f'://{login}')}?namespace={NAMESPACE}&timeout_s={timeout_s}&{query}".rstrip(
+        "&"
+    )
+
+
+def over_grpc(cluster: EtcdCluster, *, login: str = "", query: str = "", timeout_s: int = PATIENCE_S) -> str:
+    return etcd_url(cluster, login=login, query=f"transport=grpc&{query}".rstrip("&"), timeout_s=timeout_s)
+
+
+# --- what breaks anywhere
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+sentinel://{0}/mymaster/0?namespace=shop",
+        "redis+cluster://{0}?namespace=shop",
+        "etcd://{0}/shop?transport=grpc",
+    ],
+)
+def test_a_wrong_port_and_a_wrong_host(shell: Shell, free_port: int, url: str) -> None:
+    shell.store = url.format(f"127.0.0.1:{free_port},127.0.0.2:{free_port}")
+    refused(examined(shell), "authority", "connection", f"nothing listens at 127.0.0.1:{free_port}")
+    shell.store = url.format("no-such-host.invalid")
+    refused(examined(shell), "authority", "name", "the name no-such-host.invalid")
+
+
+def test_one_of_several_hosts_that_is_wrong_is_a_warning(
+    shell: Shell, several: SentinelSet | ClusterSet, free_port: int
+) -> None:
+    shell.store = url_of(several).replace("://", f"://127.0.0.1:{free_port},")
+    report = examined(shell)
+    assert report.failed == []
+    assert f"nothing listens at 127.0.0.1:{free_port}" in report.text("authority", "connection")
+    assert report.state("authority", "read") == "ok"
+
+
+def test_a_wrong_password_of_several_servers(shell: Shell, several: SentinelSet | ClusterSet) -> None:
+    for server in several.servers:
+        server.run("ACL", "SETUSER", "worker", "on", ">pw", "~*", "+@all")
+    shell.store = url_of(several, login="worker:wr0ng@")
+    report = examined(shell)
+    refused(report, "authority", "authentication", "refused user 'worker' with that password")
+    assert "wr0ng" not in report.answer.out
+    shell.store = url_of(several, login="worker:pw@")
+    assert examined(shell).failed == []
+
+
+def test_no_permission_on_the_keys_of_several_servers(shell: Shell, several: SentinelSet | ClusterSet) -> None:
+    for server in several.servers:
+        server.run("ACL", "SETUSER", "stranger", "on", ">pw", "resetkeys", "~other:*", "+@all")
+    shell.store = url_of(several, login="stranger:pw@")
+    report = examined(shell)
+    assert ("authority", "read") in report.failed
+    assert f"ACL SETUSER stranger '%R~veltrix:{{{NAMESPACE}}}:*'" in report.text("authority", "read")
+
+
+def test_full_servers(shell: Shell, several: SentinelSet | ClusterSet) -> None:
+    owner = several.owner_of(ENTRIES)
+    shell.store = url_of(several)
+    owner.run("CONFIG", "SET", "maxmemory", "1mb")
+    try:
+        refused(examined(shell), "authority", "write", "out of memory: raise maxmemory")
+    finally:
+        owner.run("CONFIG", "SET", "maxmemory", "256mb")
+
+
+def test_a_mirror_on_several_servers_that_is_an_authority(shell: Shell, several: SentinelSet | ClusterSet) -> None:
+    shell.store = f"sqlite:///{shell.folder}/c.db?namespace={NAMESPACE}"
+    write(shell.store)
+    refused(examined(shell, "--mirror", several.url), "mirror", "read", "is an authority, not a mirror")
+
+
+def test_a_wrong_ca_of_several_servers(shell: Shell, tmp_path: Path) -> None:
+    ca, stranger = Certificates(tmp_path, "ours"), Certificates(tmp_path, "stranger")
+    with sentinel_set(*BOUNDED, tls=(ca.ca, *ca.issue("server"))) as servers:
+        shell.store = url_of(servers, query=f"ca={ca.ca}")
+        assert examined(shell).failed == []
+        shell.store = url_of(servers, query=f"ca={stranger.ca}")
+        refused(examined(shell), "authority", "tls", f"is not signed by the CA in {stranger.ca}")
+        shell.store = url_of(servers).replace("rediss+", "redis+")
+        report = examined(shell)
+        assert report.failed == [("authority", "service")]
+        assert "rediss" in report.text("authority", "service")
+
+
+def test_a_wrong_database_behind_sentinels(shell: Shell, sentinels: SentinelSet) -> None:
+    shell.store = url_of(sentinels).replace("/0?", "/99?")
+    refused(examined(shell), "authority", "database", "has no db 99")
+
+
+# --- etcd over gRPC
+
+
+def test_a_wrong_password_over_grpc(shell: Shell, guarded: EtcdCluster) -> None:
+    shell.store = over_grpc(guarded, login="worker:wr0ng@")
+    report = examined(shell)
+    refused(report, "authority", "authentication", "refused user 'worker' with this password")
+    assert "wr0ng" not in report.answer.out
+    shell.store = over_grpc(guarded)
+    refused(examined(shell), "authority", "authentication", "asks for a user")
+
+
+def test_no_permission_over_grpc(shell: Shell, guarded: EtcdCluster) -> None:
+    shell.store = over_grpc(guarded, login="unprefixed:pw@")
+    refused(examined(shell), "authority", "read", "user 'unprefixed' may not read 'shop/'")
+    shell.store = over_grpc(guarded, login="unkept:pw@")
+    refused(examined(shell), "authority", "bookkeeping", "user 'unkept' may not read '.veltrix/shop/'")
+
+
+def test_a_user_that_is_not_checked_over_grpc(shell: Shell) -> None:
+    with etcd() as cluster:
+        shell.store = over_grpc(cluster, login="worker:pw@")
+        report = examined(shell)
+        assert report.failed == []
+        assert "authentication is off" in report.text("authority", "authentication")
+        shell.store = over_grpc(cluster, timeout_s=1)
+        cluster.pause(cluster.members[0])
+        try:
+            report = examined(shell)
+        finally:
+            cluster.resume(cluster.members[0])
+        refused(report, "authority", "service", "it takes connections: is the process stopped")
+
+
+def test_certificates_over_grpc(shell: Shell, tmp_path: Path) -> None:
+    files, strangers = make_certificates(tmp_path / "etcd"), make_certificates(tmp_path / "strangers")
+    with etcd(tls=files, options=["--client-cert-auth", "--trusted-ca-file", str(files.ca)]) as cluster:
+        ours = f"&cert={files.client_cert}&key={files.client_key}"
+        shell.store = over_grpc(cluster, query=f"ca={files.ca}{ours}")
+        assert examined(shell).failed == []
+        shell.store = over_grpc(cluster, query=f"ca={strangers.ca}{ours}")
+        refused(examined(shell), "authority", "tls", f"is not signed by the CA in {strangers.ca}")
+        shell.store = over_grpc(cluster, query=f"ca={files.ca}")
+        refused(examined(shell), "authority", "service", "asks for a client certificate")
+        shell.store = over_grpc(cluster, query=f"ca={files.ca}&cert={strangers.client_cert}&key={strangers.client_key}")
+        refused(examined(shell), "authority", "service", "refused this client's certificate")
+        shell.store = over_grpc(cluster).replace("etcds:", "etcd:")
+        refused(examined(shell), "authority", "service", "speaks TLS only; write etcds://")
 
 
 # --- sentinels
@@ -143,6 +309,19 @@ def test_a_primary_that_wants_replicas_says_so(shell: Shell) -> None:
         refused(examined(shell), "authority", "write", "than its min-replicas-to-write: start replicas, or lower it")
 
 
+def test_sentinels_that_are_stopped_are_told(shell: Shell, sentinels: SentinelSet) -> None:
+    one = sentinels.sentinels[0]
+    shell.store = url_of(sentinels, timeout_s=1)
+    one.stop()
+    try:
+        report = examined(shell)
+        assert report.failed == []
+        assert "2 of 3 are well" in report.text("authority", "service")
+        assert f"the sentinel 127.0.0.1:{one.port} did not answer within" in report.text("authority", "service")
+    finally:
+        one.cont()
+
+
 # --- a cluster
 
 
@@ -237,3 +416,17 @@ def test_a_cluster_whose_primary_has_a_replica_can_fail_over(shell: Shell, nodes
     shell.store = f"{nodes.url}{QUERY}"
     report = examined(shell)
     assert report.text("authority", "failover") == f"1 replica of 127.0.0.1:{nodes.owner(SLOT).port} can take over"
+
+
+# --- etcd
+
+
+@pytest.mark.parametrize("transport", ["gateway", "grpc"])
+def test_members_of_two_clusters_of_etcd_are_told(shell: Shell, transport: str) -> None:
+    with etcd() as one, etcd() as other:
+        (at,), (there,) = ([f"{host}:{port}" for host, port in each.hosts] for each in (one, other))
+        shell.store = f"etcd://{at},{there}/{NAMESPACE}?timeout_s={PATIENCE_S}&transport={transport}"
+        report = examined(shell)
+        refused(report, "authority", "service", "these are members of 2 different clusters")
+        status = one.post("/v3/maintenance/status", {})
+        assert f"{at} of cluster {int(status['header']['cluster_id']):x}; " in report.text("authority", "service")

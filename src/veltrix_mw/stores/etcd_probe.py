@@ -30,13 +30,14 @@ from veltrix_mw.stores.etcd_messages import (
     Status,
     StatusAsked,
     Transaction,
+    prefix_end,
 )
 from veltrix_mw.stores.etcd_space import Space
 from veltrix_mw.stores.etcd_transports import TransportName, make_transport
 from veltrix_mw.stores.network_probe import Fault, NetworkProbe, ask_each, judged
 from veltrix_mw.stores.pace import clock_said, paced
 from veltrix_mw.stores.tls import Tls
-from veltrix_mw.words import counted
+from veltrix_mw.words import counted, named_there
 
 __all__ = ["EtcdProbe", "known_faults"]
 
@@ -48,6 +49,7 @@ _MENDED: Final[tuple[tuple[tuple[int, int, int], str], ...]] = (
     ((3, 5, 16), "its watches may lose changes around a compaction"),
 )
 _OLDEST: Final = (3, 4, 0)  # whose gateway answers at /v3
+_MOST_KEPT: Final = 1_000  # keys of bookkeeping that are looked through for namespaces
 _NEWEST_KEYS: Final = 20  # looked through for one that is an entry
 
 
@@ -103,7 +105,21 @@ class EtcdProbe:
             for host, result in results.items()
         }
         self._network.reached, said = judged(told, join=", ")
-        return said
+        return self._apart() or said
+
+    def _apart(self) -> Said | None:
+        """Members of several clusters, which would each be read and written in turn."""
+        clusters: dict[str, list[str]] = {}
+        for host, status in self._statuses.items():
+            if status.header.cluster_id:
+                clusters.setdefault(status.header.cluster_id, []).append(shown(host))
+        if len(clusters) < 2:
+            return None
+        told = "; ".join(f"{', '.join(hosts)} of cluster {int(name):x}" for name, hosts in clusters.items())
+        return fail(
+            f"these are members of {len(clusters)} different clusters ({told}): name the members of one alone; "
+            "etcdctl member list says which they are"
+        )
 
     def _status(self, host: Host, by_s: float) -> Status:
         members = self._members([host], as_user=False)
@@ -165,10 +181,23 @@ class EtcdProbe:
         except NotPermitted:
             return fail(f"{self._who} may not read {prefix!r}: {self._grant('read', prefix)}")
         if not found.count:
-            return warn(f"nothing lies below {prefix!r}: nothing was written yet, or the URL names another namespace")
+            return warn(
+                f"nothing lies below {prefix!r}: nothing was written yet, or the URL names another namespace"
+                f"{named_there(self._namespaces(by_s))}"
+            )
         # Keys of another shape are not followed.
         newest_at = next((each.mod_revision for each in found.kvs if space.key(each.key) is not None), 0)
         return ok(f"{counted(found.count, 'key')} below {prefix!r}, the newest of revision {newest_at}")
+
+    def _namespaces(self, by_s: float) -> set[str]:
+        """Those that were written to, as far as this user may look."""
+        kept = b".veltrix/"
+        try:
+            found = self._range(self._as_given(), Range(kept, prefix_end(kept), limit=_MOST_KEPT, keys_only=True), by_s)
+        except StoreError:
+            return set()  # it is a hint and no more
+        names = (each.key.removeprefix(kept).rpartition(b"/") for each in found.kvs)
+        return {name.decode("utf-8", "replace") for name, _, last in names if last == b"incarnation"}
 
     def _bookkeeping(self, by_s: float) -> Said:
         space = self._space
@@ -201,8 +230,16 @@ class EtcdProbe:
                 barred.append(told)
         if not barred:
             return ok("this is permitted (asked by transactions that cannot hold: nothing was written)")
+        if prefix not in barred:
+            return fail(
+                f"{self._who} may write {prefix!r} and not {', '.join(map(repr, barred))}, where each write leaves its "
+                f"record, so none is made: {self._grant('readwrite', self._bookkept)}"
+            )
+        who = (
+            "a worker" if space.label.decode() in barred else "a relay, which replaces the incarnation after a restore"
+        )
         return warn(
-            f"{self._who} may not write {', '.join(map(repr, barred))}: right for a worker. To write, "
+            f"{self._who} may not write {', '.join(map(repr, barred))}: right for {who}. To write, "
             f"{self._grant('readwrite', prefix)}, and {self._bookkept!r} likewise"
         )
 

@@ -85,6 +85,7 @@ class MirroredStore:
         self._tiers = self._new_tiers()
         self._served = False  # whether anything was listed by this process
         self._passed_over = ""  # which tier failed before anything was listed, until that is told
+        self._unfilled = False  # whether that was a mirror that is empty
         self._was_followed = False  # whether the mirror ever was
         self._unfollowed = 0  # how often in a row a mirror that is well could not be followed
         self._pid = os.getpid()
@@ -127,6 +128,8 @@ class MirroredStore:
             with self._lock:
                 self._tiers.leave_at_once(self._clock())
                 why = self._tiers.fault or "it went back while it was listed"
+                unfilled = self._tiers.fault_kind == "empty"
+            self._unfilled = unfilled
             self._passed_over = f"the mirror is not followed, and the authority is: {why}"
         sent_at_s = self._clock()
         try:
@@ -145,7 +148,8 @@ class MirroredStore:
             return replace(listing, passed_over=_unanswered(exc))
         self._learned(listing.position, sent_at_s)
         self._served = True
-        return replace(listing, origin=self.authority.info.origin, passed_over=self._told_passed_over())
+        unfilled, passed_over = self._unfilled, self._told_passed_over()
+        return replace(listing, origin=self.authority.info.origin, passed_over=passed_over, unfilled=unfilled)
 
     def watch(self, position: Position, *, timeout_s: float) -> Watch:
         self._renew_after_fork()
@@ -317,7 +321,7 @@ class MirroredStore:
         return replace(listing, entries=[entry for entry in listing.entries if self._is_eager(entry[0])])
 
     def _told_passed_over(self) -> str:
-        passed_over, self._passed_over = self._passed_over, ""
+        passed_over, self._passed_over, self._unfilled = self._passed_over, "", False
         return passed_over
 
     def _is_vouched_for(self, position: Position, *, alone: bool) -> tuple[bool, str]:

@@ -20,7 +20,7 @@ from veltrix_mw.stores.dialing import NameTimeout, addresses_of, dial
 from veltrix_mw.stores.tls import Tls, UnusableFile, Verdict, reason_of, verdict_of
 from veltrix_mw.words import milliseconds
 
-__all__ = ["Fault", "NetworkProbe", "ask_each", "judged"]
+__all__ = ["Fault", "NetworkProbe", "ask_each", "judged", "speaks_http"]
 
 T = TypeVar("T")
 
@@ -194,6 +194,19 @@ def _common_name(parts: Sequence[Sequence[tuple[str, str]]]) -> str:
 
 def _text_of(result: _Certificate | Fault) -> str | Fault:
     return result.text if isinstance(result, _Certificate) else result
+
+
+def speaks_http(host: Host, tls: Tls | None, by_s: float) -> bool:
+    """Whether a web server answers there, or etcd."""
+    context = None if tls is None else tls.blind_context()
+    finish = None if context is None else lambda raw: context.wrap_socket(raw, server_hostname=host[0])
+    try:
+        with dial(*host, by_s, finish=finish) as connection:
+            connection.settimeout(max(0.1, by_s - time.monotonic()))
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            return connection.recv(16).startswith(b"HTTP/")
+    except (OSError, UnusableFile):
+        return False
 
 
 @contextmanager

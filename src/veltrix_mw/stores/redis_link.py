@@ -438,6 +438,7 @@ class RedisLink:
                 connection.end_by(deadline_s)
                 yield connection
                 self.check_late(connection, begun_s, deadline_s, writes=writes)
+                self._has_answered = True
                 self._route.trust()
             finally:
                 self._give_back(connection, epoch)
@@ -506,7 +507,7 @@ class RedisLink:
         except BaseException:
             connection.close()
             raise
-        self._has_answered = True
+        self._has_answered = self._has_answered or not self._is_guide  # a guide was asked nothing yet
         with self.lock:
             self._opened.add(connection)
         return connection

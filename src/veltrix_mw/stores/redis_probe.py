@@ -17,7 +17,7 @@ from veltrix_mw.errors import StoreError, StoreUnavailable
 from veltrix_mw.findings import Said, State, Step, fail, not_made, ok, warn
 from veltrix_mw.protocols import MirrorState, NotLetIn, NotPermitted, Position, Silent
 from veltrix_mw.settings import StoreUrl, plain_scheme, shown
-from veltrix_mw.stores.network_probe import NetworkProbe
+from veltrix_mw.stores.network_probe import NetworkProbe, speaks_http
 from veltrix_mw.stores.pace import clock_said, paced
 from veltrix_mw.stores.redis_guides import GuidesProbe
 from veltrix_mw.stores.redis_info import info_of, memory_said, persistence_said, version_said
@@ -38,12 +38,13 @@ from veltrix_mw.stores.redis_rights import (
 from veltrix_mw.stores.redis_routes import Guided, route_of
 from veltrix_mw.stores.tiers import STALE_AFTER_S
 from veltrix_mw.stores.tls import Tls
-from veltrix_mw.words import ago, counted
+from veltrix_mw.words import ago, counted, named_there
 
 __all__ = ["RedisProbe", "Role"]
 
 Role = Literal["authority", "mirror"]
 
+_MOST_PAGES: Final = 10  # of the keyspace that are looked through for other namespaces
 _MOST_DATABASES: Final = 16  # looked through for a namespace that is not where it was looked for
 
 
@@ -59,9 +60,8 @@ class RedisProbe:
         self._route = route_of(url)
         self._timeout_s = timeout_s
         self._files = (options.get("ca"), options.get("cert"), options.get("key"))
-        self._network = NetworkProbe(
-            url.hosts, tls=Tls(*self._files) if url.tls else None, plain=plain_scheme(url.scheme)
-        )
+        self._tls = Tls(*self._files) if url.tls else None
+        self._network = NetworkProbe(url.hosts, tls=self._tls, plain=plain_scheme(url.scheme))
         self._wait_replicas = int(options.get("wait_replicas", 0))
         self._wait_timeout_s = float(options.get("wait_timeout_s", WAIT_TIMEOUT_S))
         self._opened: dict[int, RedisLink] = {}
@@ -133,12 +133,26 @@ class RedisProbe:
                 "stopped, or its machine overloaded?"
             )
         except StoreUnavailable:
-            uncovered = "" if self._guides is None else self._guides.uncovered()
-            if not uncovered:
+            said = self._unserved(by_s)
+            if said is None:
                 raise
-            return fail(uncovered)
+            return said
         told = f"Redis answers at {self._where}{self._route.chosen}"
         return ok(told) if formed is None else warn(f"{told}; {formed.text}")
+
+    def _unserved(self, by_s: float) -> Said | None:
+        """Why the server does not serve, where its error cannot know; None where it says all."""
+        if self._guides is not None:
+            uncovered = self._guides.uncovered()
+            return fail(uncovered) if uncovered else None
+        host = self._url.hosts[0]
+        if not speaks_http(host, self._tls, by_s):
+            return None
+        scheme = "etcds" if self._url.tls else "etcd"
+        return fail(
+            f"what answers at {shown(host)} speaks HTTP, and is no Redis: correct host and port; or is it etcd, which "
+            f"{scheme}:// is for?"
+        )
 
     def _formed(self, by_s: float) -> Said | None:
         """What is wrong with the sentinels or nodes, if any are named."""
@@ -216,7 +230,22 @@ class RedisProbe:
             return ok(f"{found}; what fills it is told at relay")
         else:
             found += ": nothing was written yet, or the URL names another db or namespace"
+            found += named_there(self._namespaces(by_s))
         return warn(found)
+
+    def _namespaces(self, by_s: float) -> set[str]:
+        """Those that the first keys of the database show, as far as this user may look."""
+        names, at = set[str](), b"0"
+        try:
+            with self._session(by_s) as connection:
+                for _ in range(_MOST_PAGES):
+                    at, page = connection.execute("SCAN", at, "MATCH", "veltrix:{*}:entries", "COUNT", 1_000)
+                    names |= {key.decode("utf-8", "replace")[len("veltrix:{") : -len("}:entries")] for key in page}
+                    if at == b"0":
+                        break
+        except StoreError:
+            pass  # it is a hint and no more
+        return names
 
     def _elsewhere(self, by_s: float) -> list[int]:
         """The databases that hold the namespace, as far as this user may look."""

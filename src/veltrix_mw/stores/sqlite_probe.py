@@ -17,7 +17,7 @@ from veltrix_mw.settings import StoreUrl
 from veltrix_mw.stores.pace import paced
 from veltrix_mw.stores.sqlite import SqliteStore
 from veltrix_mw.stores.sqlite_file import SqliteFile
-from veltrix_mw.words import counted
+from veltrix_mw.words import counted, named_there
 
 __all__ = ["SqliteProbe"]
 
@@ -67,6 +67,13 @@ class SqliteProbe:
         except NeverWritten:
             return warn(f"{self._path} is an empty file: the first write fills it; or does the URL name another file?")
         self._position = listing.position
+        if not listing.position.revision:
+            with self._file.session(by_s - time.monotonic()) as db:
+                others = [name for (name,) in db.execute("SELECT name FROM namespaces")]
+            return warn(
+                f"nothing was ever written to the namespace {self._namespace!r} in {self._path}: or does the URL name "
+                f"another namespace?{named_there(others)}"
+            )
         keys = counted(len(listing.entries), "key")
         return ok(f"{keys} in the namespace {self._namespace!r}, at revision {listing.position.revision}")
 
