@@ -47,15 +47,11 @@ class GuidesProbe:
             return warn(f"{len(answers)} of {len(results)} are well, the others not: {told}")
         return fault
 
-    def failover(self, replicas: int) -> Said | None:
-        """Whether another server could take over; `replicas` is how many are connected to the primary."""
-        match self.seen:
-            case SentinelsSeen() as seen:
-                return seen.failover(replicas)
-            case NodesSeen() as seen:
-                return seen.failover()
-            case None:
-                return None
+    def failover(self, replicas: int, wanted: int) -> Said | None:
+        """Whether another server could take over; `replicas` is how many are connected to the primary, `wanted` how
+        many it needs to take writes.
+        """
+        return None if self.seen is None else self.seen.failover(replicas, wanted)
 
     def uncovered(self) -> str:
         """That slots of the cluster are nobody's, and what to do; '' where none are."""
