@@ -355,7 +355,7 @@ def test_nodes_that_form_no_cluster_are_told_how_to(shell: Shell) -> None:
     ("lost", "text"),
     [
         (SLOT, f"no node has slot {SLOT}, where the namespace is, and 0 more of 16384"),
-        (SLOT - 1, "1 slots are without a node, so the cluster serves nothing"),
+        (SLOT - 1, "1 slot without a node, so the cluster serves nothing"),
     ],
 )
 def test_slots_without_a_node_are_told(shell: Shell, nodes: ClusterSet, lost: int, text: str) -> None:

@@ -226,7 +226,7 @@ class NodesSeen:
             )
         if self.lost:
             return warn(
-                f"{counted(self.lost, 'slot')} of {SLOTS} are without a node, none of them the namespace's: start the "
+                f"{counted(self.lost, 'slot')} of {SLOTS} without a node, none of them the namespace's: start the "
                 f"nodes that had them, or {self.fix}"
             )
         return None

@@ -16,6 +16,7 @@ from veltrix_mw.stores.network_probe import Fault, ask_each
 from veltrix_mw.stores.redis_formation import NodesSeen, SentinelsSeen, view_of
 from veltrix_mw.stores.redis_link import RedisLink
 from veltrix_mw.stores.redis_routes import Guided, Nodes, Sentinels
+from veltrix_mw.words import counted
 
 __all__ = ["GuidesProbe"]
 
@@ -58,7 +59,7 @@ class GuidesProbe:
         seen = self.seen
         if not isinstance(seen, NodesSeen) or not seen.lost:
             return ""
-        slots = f"{seen.lost} slots are without a node, so the cluster serves nothing"
+        slots = f"{counted(seen.lost, 'slot')} without a node, so the cluster serves nothing"
         return f"{slots}: start those that had them, or {seen.fix}"
 
     # ---
