@@ -13,7 +13,7 @@ from benchmarks.harness import QUICK, ROUNDS, Figure
 from benchmarks.plots import bars
 
 HERE = Path(__file__).parent
-ALL = ("p1_read", "p2_attach", "p4_herd", "p5_propagate", "p6_apply", "p9_import", "p10_load")
+ALL = ("p1_read", "p2_attach", "p4_herd", "p5_propagate", "p6_apply", "p9_import", "p10_load", "p12_telemetry")
 
 
 def main() -> None:

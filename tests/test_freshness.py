@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.trace import INVALID_SPAN
 
 from tests.stores.contract import in_a_fork
 from tests.support.waiting import wait_until
@@ -327,7 +328,7 @@ def test_a_newer_snapshot_that_was_not_confirmed_is_as_old(make: Make, clock: Cl
 def test_views_that_share_what_they_remember_forget_it_together(make: Make, clock: Clock) -> None:
     views = make(FLAGS)
     base = views.view()
-    counted = views.counting(base)
+    counted = views.counting(base, INVALID_SPAN)
     old = Pinned(base)
     assert counted["flags/stop"] is False
     views.publish(snapshot(STORED, revision=2), None)
@@ -337,7 +338,7 @@ def test_views_that_share_what_they_remember_forget_it_together(make: Make, cloc
     for view in (counted, old.view):
         with pytest.raises(StaleRead):
             view["flags/stop"]
-    assert counted._count == 2
+    assert counted._tally.count == 2
 
 
 def test_a_view_that_is_given_out_is_right_at_once_also_where_no_thread_came_to_run(make: Make, clock: Clock) -> None:

@@ -52,6 +52,7 @@ LOOKUP_BUCKETS = (1e-6, 5e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.05, 0.
 REFRESH_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 PROPAGATION_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60)
 REQUEST: dict[str, Any] = {"revision": 41, "origin": "sqlite", "stale": False, "count": 3, "total_s": 0.002}
+COST: dict[str, Any] = {"origin": "sqlite", "total_s": 0.002}
 REQUEST_ATTRIBUTES = {
     "veltrix.revision": 41,
     "veltrix.origin": "sqlite",
@@ -107,7 +108,7 @@ def of(namespace: str) -> tuple[tuple[str, Any], ...]:
 def use_everything(telemetry: Telemetry, span: trace.Span) -> None:
     telemetry.recording_span()
     telemetry.annotate_request(span, **REQUEST)
-    telemetry.report_request(span, **REQUEST)
+    telemetry.record_request(trace.set_span_in_context(span), **COST)
     with telemetry.lookup("a/b"):
         pass
     with telemetry.fetch(FetchOutcome("miss"), {"veltrix.unit_count": 1}):
@@ -197,34 +198,35 @@ def test_recording_span_is_the_current_span_while_it_records(sdk: Sdk) -> None:
 
 def test_a_request_is_five_attributes_on_its_span_and_one_histogram_record(sdk: Sdk) -> None:
     with sdk.app.start_as_current_span("GET /") as span:
-        sdk.telemetry().report_request(span, **REQUEST)
+        sdk.telemetry().annotate_request(span, **REQUEST)
+        sdk.telemetry().record_request(trace.set_span_in_context(span), **COST)
     assert sdk.span("GET /").attributes == REQUEST_ATTRIBUTES
     assert sdk.points("veltrix.lookup.duration") == {(("veltrix.origin", "sqlite"),): (1, 0.002)}
     assert sdk.points("veltrix.refresh.duration") == {}
 
 
-def test_a_request_annotated_before_its_report_is_counted_once(sdk: Sdk) -> None:
+def test_a_request_may_be_annotated_again(sdk: Sdk) -> None:
     telemetry = sdk.telemetry()
     with sdk.app.start_as_current_span("GET /") as span:
         telemetry.annotate_request(span, **REQUEST)
-        assert sdk.points("veltrix.lookup.duration") == {}
-        telemetry.report_request(span, **{**REQUEST, "count": 4})
+        telemetry.annotate_request(span, **{**REQUEST, "count": 4})
     assert sdk.span("GET /").attributes == {**REQUEST_ATTRIBUTES, "veltrix.lookup.count": 4}
-    assert sdk.points("veltrix.lookup.duration") == {(("veltrix.origin", "sqlite"),): (1, 0.002)}
+    assert sdk.points("veltrix.lookup.duration") == {}
 
 
 def test_a_request_whose_span_has_ended_is_still_counted(sdk: Sdk) -> None:
     telemetry = sdk.telemetry()
     with sdk.app.start_as_current_span("GET /") as span:
         pass
-    telemetry.report_request(span, **REQUEST)  # an attribute set now would be logged as a mistake
+    telemetry.annotate_request(span, **REQUEST)  # an attribute set now would be logged as a mistake
+    telemetry.record_request(trace.set_span_in_context(span), **COST)
     assert sdk.span("GET /").attributes == {}
     assert sdk.points("veltrix.lookup.duration") == {(("veltrix.origin", "sqlite"),): (1, 0.002)}
 
 
 def test_the_exemplar_names_the_request_also_when_its_span_is_no_longer_current(sdk: Sdk) -> None:
     span = sdk.app.start_span("GET /")
-    sdk.telemetry().report_request(span, **REQUEST)
+    sdk.telemetry().record_request(trace.set_span_in_context(span), **COST)
     span.end()
     (point,) = sdk.metrics()["veltrix.lookup.duration"].data.data_points
     assert [exemplar.span_id for exemplar in point.exemplars] == [span.get_span_context().span_id]
@@ -823,6 +825,7 @@ from blockbuster import blockbuster_ctx
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import set_span_in_context
 from veltrix_mw.telemetry import Observed, Telemetry
 
 class Client:
@@ -844,7 +847,8 @@ async def request():
             pass
         with telemetry.write():
             assert telemetry.traceparent()
-        telemetry.report_request(span, revision=1, origin="sqlite", stale=False, count=1, total_s=0.1)
+        telemetry.annotate_request(span, revision=1, origin="sqlite", stale=False, count=1, total_s=0.1)
+        telemetry.record_request(set_span_in_context(span), "sqlite", 0.1)
         telemetry.propagated(1.0, 2.0)
 
 with blockbuster_ctx():

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, cast
+from functools import partial
+from typing import Any, Final
 
 from veltrix_mw.awaiting import in_thread
 from veltrix_mw.client import ConfigClient
-from veltrix_mw.current import Pinned, report
+from veltrix_mw.current import Pinned, annotate, report
 from veltrix_mw.errors import InvalidKey, SettingsError
 from veltrix_mw.events import Events
 from veltrix_mw.pinning import pinned_view as _current
@@ -25,10 +26,7 @@ from veltrix_mw.request_layers import (
 )
 from veltrix_mw.telemetry import current_context
 from veltrix_mw.values import MISSING
-from veltrix_mw.view import CountingView, View
-
-if TYPE_CHECKING:
-    from opentelemetry.trace import Span
+from veltrix_mw.view import View
 
 __all__ = ["VIEW_KEY", "ConfigMiddleware"]
 
@@ -113,9 +111,9 @@ class ConfigMiddleware:
             if not made & 15:
                 views.ensure_running()
             view = views.base
-            span = self._recording_span() if current_context() else None
-            if span is not None:
-                view = self._views.counting(view)
+            context = current_context()
+            span = self._recording_span(context) if context else None
+            counting = None if span is None else self._views.counting(view, span)
         else:
             # A view that is not the current one was left by a request that this scope was sent for before.
             if outer is not None and _current.get(None) is outer:
@@ -125,19 +123,21 @@ class ConfigMiddleware:
                 await self._start()
             try:
                 view = requested_view(self.client, self._layers, scope, self._on_invalid_layer)
-                span = self._recording_span() if current_context() else None
-                if span is not None:
-                    view = self._views.counting(view)
+                context = current_context()
+                span = self._recording_span(context) if context else None
+                counting = None if span is None else self._views.counting(view, span)
                 if self._is_lazy:
                     keys = requested_keys(self.client, self._prefetch, scope, self._on_invalid_layer)
-                    await view._aprefetch(keys)
+                    await (view if counting is None else counting)._aprefetch(keys)
             except InvalidKey:
                 await _refuse(scope, receive, send)
                 return
             if self._revision_header and kind == "http":
                 send = _with_header(send, view)
-        if span is not None and kind == "http":
-            send = _annotating(send, span, cast("CountingView", view))
+        if counting is not None:
+            view = counting
+            if kind == "http":
+                send = _before_the_last(send, partial(annotate, counting))
         # In place: a copied scope would hide what inner parts add to it (`route`) from outer middleware.
         state = scope.setdefault("state", {})
         state[self._attribute] = scope[VIEW_KEY] = view
@@ -149,8 +149,8 @@ class ConfigMiddleware:
                 _unpin(token)
             except ValueError:
                 pass  # closed by the garbage collector, in another context: there is nothing to undo
-            if span is not None:
-                report(span, view)
+            if counting is not None:
+                report(counting)
 
     @property
     def _asks_nothing(self) -> bool:
@@ -226,20 +226,6 @@ def _with_header(send: Send, view: View) -> Send:
         await send(message)
 
     return sending
-
-
-def _annotating(send: Send, span: Span, view: CountingView) -> Send:
-    def annotate() -> None:
-        view._views.telemetry.annotate_request(
-            span,
-            revision=view.revision,
-            origin=view.origin,
-            stale=view.stale,
-            count=view._count,
-            total_s=view._total_ns / 1e9,
-        )
-
-    return _before_the_last(send, annotate)
 
 
 def _before_the_last(send: Send, annotate: Callable[[], None]) -> Send:

@@ -21,7 +21,7 @@ from veltrix_mw.views import Views, checked_layers
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-__all__ = ["Pinned", "carry_view", "current_view", "report"]
+__all__ = ["Pinned", "annotate", "carry_view", "current_view", "report"]
 
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ class Pinned:
         if self._span is None and not self._counted_outside and not self._reported:
             self._span = self.view._views.telemetry.recording_span()
             if self._span is not None:
-                self._replace(self.view._views.counting(self.view))
+                self._replace(self.view._views.counting(self.view, self._span))
         return self.view
 
     def lay(self, layers: Sequence[str], *, on_invalid_layer: InvalidLayerPolicy = "reject") -> View:
@@ -128,8 +128,9 @@ class Pinned:
         if views.lazy:
             laid = laid._of_one(view._units)
         if isinstance(view, CountingView):
-            laid = views.counting(laid)
-            laid._tally = view._tally
+            tally = view._tally
+            laid = views.counting(laid, tally.span)
+            laid._tally = tally
         self._replace(laid)
         return laid
 
@@ -158,14 +159,7 @@ class Pinned:
     def annotate(self) -> None:
         """Tell the request's span what config cost so far; for spans that end before the request does."""
         if self._span is not None and isinstance(self.view, CountingView):
-            self.view._views.telemetry.annotate_request(
-                self._span,
-                revision=self.view.revision,
-                origin=self.view.origin,
-                stale=self.view.stale,
-                count=self.view._count,
-                total_s=self.view._total_ns / 1e9,
-            )
+            annotate(self.view)
 
     def report(self) -> None:
         """Tell the request's span what config cost, once; idempotent."""
@@ -173,8 +167,8 @@ class Pinned:
         if reported:
             return
         span, self._span = self._span, None
-        if span is not None:
-            report(span, self.view)
+        if span is not None and isinstance(self.view, CountingView):
+            report(self.view)
 
     @staticmethod
     def prefer_current(view: View) -> View:
@@ -183,17 +177,21 @@ class Pinned:
         return current if current is not None and current._views is view._views else view
 
 
-def report(span: Span, view: View) -> None:
-    """Tell a request's span what config cost it."""
-    counted = view if isinstance(view, CountingView) else None
-    view._views.telemetry.report_request(
-        span,
-        revision=view.revision,
-        origin=view.origin,
-        stale=view.stale,
-        count=0 if counted is None else counted._count,
-        total_s=0.0 if counted is None else counted._total_ns / 1e9,
+def annotate(view: CountingView) -> None:
+    """Tell a request's span what config cost it so far."""
+    tally, snapshot = view._tally, view._snapshot
+    view._views.telemetry.annotate_request(
+        tally.span, snapshot._revision, snapshot._origin, view.stale, tally.count, tally.total_ns / 1e9
     )
+    tally.told_ns = tally.total_ns
+
+
+def report(view: CountingView) -> None:
+    """Tell a request's span what config cost it, unless it knows that, and the histogram."""
+    tally = view._tally
+    if tally.told_ns != tally.total_ns:
+        annotate(view)
+    view._views.telemetry.record_request(tally.context, view._snapshot._origin, tally.total_ns / 1e9)
 
 
 _detached: Views | None = None

@@ -229,20 +229,18 @@ class Telemetry:
 
     # Requests
 
-    def recording_span(self) -> Span | None:
-        """The current span if it is recording and the level is not `off`, else None.
+    def recording_span(self, context: otel_context.Context | None = None) -> Span | None:
+        """The current span, or that of `context`, if it is recording and the level is not `off`, else None.
 
         The middlewares ask only where the OpenTelemetry context is not empty, as without instrumentation it is: that
         question costs a third of this one.
         """
         if self.level == "off":
             return None
-        span = get_current_span()
+        span = get_current_span(context)
         return None if span is INVALID_SPAN or not span.is_recording() else span
 
-    def annotate_request(
-        self, span: Span, *, revision: int, origin: str, stale: bool, count: int, total_s: float
-    ) -> None:
+    def annotate_request(self, span: Span, revision: int, origin: str, stale: bool, count: int, total_s: float) -> None:
         """Set the five attributes on the request's span, if it is still recording; may be called again.
 
         `count` and `total_s` are the number of reads so far and the seconds they took together.
@@ -258,18 +256,14 @@ class Telemetry:
                 }
             )
 
-    def report_request(
-        self, span: Span, *, revision: int, origin: str, stale: bool, count: int, total_s: float
-    ) -> None:
-        """Say what config cost a request: the attributes, and one record of `veltrix.lookup.duration`.
+    def record_request(self, context: otel_context.Context, origin: str, total_s: float) -> None:
+        """Record `veltrix.lookup.duration`, once for each request that `recording_span` gave a span.
 
-        To be called once for each request that `recording_span` gave a span; the span may have ended since.
+        `context` is what was current then, with the span: that may have ended since, or be current no longer (a WSGI
+        body is closed late), and the exemplar is to name it all the same.
         """
-        if self.level == "off":
-            return
-        self.annotate_request(span, revision=revision, origin=origin, stale=stale, count=count, total_s=total_s)
-        # The span may no longer be current here (a WSGI body is closed late); the exemplar is to name it all the same.
-        self._metrics().lookup_duration.record(total_s, {"veltrix.origin": origin}, trace.set_span_in_context(span))
+        if self.level != "off":
+            self._metrics().lookup_duration.record(total_s, {"veltrix.origin": origin}, context)
 
     @contextmanager
     def lookup(self, key: str) -> Iterator[LookupOutcome]:

@@ -23,6 +23,9 @@ from veltrix_mw.values import MISSING, FrozenDict
 from veltrix_mw.words import ago
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Span
+
     from veltrix_mw.unit_reader import UnitReader
     from veltrix_mw.views import Views
 
@@ -800,13 +803,19 @@ class _TrackingView(View):
 
 
 class Tally:
-    """How many reads a request made, and how long they and its waits for lazy units took; its views share it."""
+    """How many reads a request made, and how long they and its waits for lazy units took; its views share it.
 
-    __slots__ = ("count", "total_ns")
+    `span` is the request's, and `context` OpenTelemetry's as it began, with that span.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("context", "count", "span", "told_ns", "total_ns")
+
+    def __init__(self, span: Span, context: Context) -> None:
+        self.span = span
+        self.context = context
         self.count = 0
         self.total_ns = 0
+        self.told_ns = -1  # of these, what the span was told
 
 
 class CountingView(View):
@@ -818,22 +827,6 @@ class CountingView(View):
     __slots__ = ("_tally",)
 
     _tally: Tally
-
-    @property
-    def _count(self) -> int:
-        return self._tally.count
-
-    @_count.setter
-    def _count(self, count: int) -> None:
-        self._tally.count = count
-
-    @property
-    def _total_ns(self) -> int:
-        return self._tally.total_ns
-
-    @_total_ns.setter
-    def _total_ns(self, total_ns: int) -> None:
-        self._tally.total_ns = total_ns
 
     def renew(self) -> View:
         renewed = super().renew()._as(type(self))

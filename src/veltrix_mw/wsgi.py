@@ -107,8 +107,8 @@ class ConfigMiddleware:
         try:
             view = requested_view(self.client, self._layers, environ, self._on_invalid_layer)
             span = self._recording_span()
-            if span is not None:
-                view = self._views.counting(view)
+            counting = None if span is None else self._views.counting(view, span)
+            view = view if counting is None else counting
             if self._is_lazy:
                 view._prefetch(requested_keys(self.client, self._prefetch, environ, self._on_invalid_layer))
         except InvalidKey:
@@ -116,7 +116,7 @@ class ConfigMiddleware:
         if self._revision_header:
             start_response = _with_header(start_response, view)
         environ[VIEW_KEY] = view
-        end = _nothing if span is None else partial(report, span, view)
+        end = _nothing if counting is None else partial(report, counting)
         token = _current.set(view)
         try:
             body = self.app(environ, start_response)
