@@ -254,6 +254,7 @@ def test_a_port_of_a_sentinel_is_told_as_one(shell: Shell, sentinels: SentinelSe
     for db in (0, 1):
         shell.store = f"redis://{at}/{db}{QUERY}"
         refused(examined(shell), "authority", "service", f"write redis+sentinel://{at}/NAME/0")
+        assert f"write redis+sentinel://{at}/NAME/0" in shell.run("put", "a", "1").err
 
 
 def test_sentinels_of_two_sets_are_told(shell: Shell, sentinels: SentinelSet) -> None:
@@ -303,6 +304,24 @@ def test_sentinels_that_are_away_are_counted_and_a_write_says_that_a_failover_ma
         assert "a failover may be under way" in done.err
 
 
+def test_a_primary_that_would_want_the_replica_that_replaces_it_is_a_warning(
+    shell: Shell, several: SentinelSet | ClusterSet
+) -> None:
+    owner = several.owner_of(ENTRIES)
+    shell.store = url_of(several)
+    owner.run("CONFIG", "SET", "min-replicas-to-write", "1")
+    try:
+        report = examined(shell)
+    finally:
+        owner.run("CONFIG", "SET", "min-replicas-to-write", "0")
+    assert report.failed == []
+    assert "1 replica and min-replicas-to-write 1: who takes over has one less" in report.text("authority", "failover")
+    for server in several.servers:
+        server.run("ACL", "SETUSER", "modest", "on", ">pw", "~*", "+@all", "-config|get", "-info")
+    shell.store = url_of(several, login="modest:pw@")
+    assert examined(shell).state("authority", "failover") == "ok"
+
+
 def test_a_primary_that_wants_replicas_says_so(shell: Shell) -> None:
     with redis_server("--min-replicas-to-write", "1", *BOUNDED) as server:
         shell.store = f"redis://127.0.0.1:{server.port}/0{QUERY}"
@@ -336,7 +355,7 @@ def test_nodes_that_form_no_cluster_are_told_how_to(shell: Shell) -> None:
     ("lost", "text"),
     [
         (SLOT, f"no node has slot {SLOT}, where the namespace is, and 0 more of 16384"),
-        (SLOT - 1, "1 slots are without a node, so the cluster serves nothing"),
+        (SLOT - 1, "1 slot without a node, so the cluster serves nothing"),
     ],
 )
 def test_slots_without_a_node_are_told(shell: Shell, nodes: ClusterSet, lost: int, text: str) -> None:
@@ -410,6 +429,37 @@ def test_nodes_of_two_clusters_are_told(shell: Shell, nodes: ClusterSet) -> None
         text = examined(shell).text("authority", "failover")
         assert f"127.0.0.1:{stranger.port} has no replica that is up: redis-cli --cluster add-node HOST:PORT" in text
         assert "one primary has slots" in text
+
+
+def test_servers_of_another_kind_than_the_url_says_are_told(
+    shell: Shell, sentinels: SentinelSet, nodes: ClusterSet
+) -> None:
+    server, node = (f"127.0.0.1:{each.servers[0].port}" for each in (sentinels, nodes))
+    for url, text in (
+        (f"redis+cluster://{server}", "is no node of a Redis Cluster: write redis://"),
+        (f"redis+sentinel://{server}/{PRIMARY}/0", "is a Redis server, not a sentinel"),
+        (f"redis+sentinel://{node}/{PRIMARY}/0", "is a Redis server, not a sentinel"),
+    ):
+        shell.store = f"{url}{QUERY}"
+        refused(examined(shell), "authority", "service", text)
+
+
+def test_a_slot_of_which_some_keys_have_left_is_told(shell: Shell, nodes: ClusterSet) -> None:
+    owner = nodes.owner(SLOT)
+    target = nodes.another(owner)
+    shell.store = f"{nodes.url}{QUERY}"
+    nodes.begin_moving(SLOT, owner, target)
+    try:
+        nodes.move_keys(SLOT, owner, target, most=1)
+        report = examined(shell)
+    finally:
+        nodes.move_keys(SLOT, owner, target)
+        nodes.end_moving(SLOT, owner, target)
+        nodes.wait_whole()
+    assert "is half moved" in report.text("authority", "service")
+    assert report.failed == []
+    assert nodes.owner(SLOT) is target
+    assert examined(shell).state("authority", "service") == "ok"
 
 
 def test_a_cluster_whose_primary_has_a_replica_can_fail_over(shell: Shell, nodes: ClusterSet) -> None:

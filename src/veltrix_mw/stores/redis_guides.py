@@ -16,6 +16,7 @@ from veltrix_mw.stores.network_probe import Fault, ask_each
 from veltrix_mw.stores.redis_formation import NodesSeen, SentinelsSeen, view_of
 from veltrix_mw.stores.redis_link import RedisLink
 from veltrix_mw.stores.redis_routes import Guided, Nodes, Sentinels
+from veltrix_mw.words import counted
 
 __all__ = ["GuidesProbe"]
 
@@ -47,22 +48,18 @@ class GuidesProbe:
             return warn(f"{len(answers)} of {len(results)} are well, the others not: {told}")
         return fault
 
-    def failover(self, replicas: int) -> Said | None:
-        """Whether another server could take over; `replicas` is how many are connected to the primary."""
-        match self.seen:
-            case SentinelsSeen() as seen:
-                return seen.failover(replicas)
-            case NodesSeen() as seen:
-                return seen.failover()
-            case None:
-                return None
+    def failover(self, replicas: int, wanted: int) -> Said | None:
+        """Whether another server could take over; `replicas` is how many are connected to the primary, `wanted` how
+        many it needs to take writes.
+        """
+        return None if self.seen is None else self.seen.failover(replicas, wanted)
 
     def uncovered(self) -> str:
         """That slots of the cluster are nobody's, and what to do; '' where none are."""
         seen = self.seen
         if not isinstance(seen, NodesSeen) or not seen.lost:
             return ""
-        slots = f"{seen.lost} slots are without a node, so the cluster serves nothing"
+        slots = f"{counted(seen.lost, 'slot')} without a node, so the cluster serves nothing"
         return f"{slots}: start those that had them, or {seen.fix}"
 
     # ---
