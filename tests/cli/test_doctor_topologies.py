@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,8 @@ from tests.support.redis_servers import (
     sentinel_set,
 )
 from tests.support.waiting import wait_until
+from tests.test_docs import fences
+from tests.test_permissions import PAGE, commands
 from veltrix_mw.stores.redis_layout import Names
 from veltrix_mw.stores.redis_routes import slot_of
 
@@ -115,6 +118,33 @@ def test_a_wrong_password_of_several_servers(shell: Shell, several: SentinelSet 
     assert "wr0ng" not in report.answer.out
     shell.store = url_of(several, login="worker:pw@")
     assert examined(shell).failed == []
+
+
+def test_the_documented_users_of_several_servers_lack_nothing(shell: Shell, several: SentinelSet | ClusterSet) -> None:
+    of_servers, of_sentinels, of_nodes, of_waiting = (
+        [shlex.split(line) for line in fence.text.splitlines()] for fence in fences(PAGE) if fence.language == "text"
+    )
+    base = [command for command in commands("redis-cli") if command[2].startswith("shop-")]
+    finder = ""
+    if isinstance(several, SentinelSet):
+        for sentinel in several.sentinels:
+            sentinel.run(*of_sentinels[0])
+        finder = "sentinel_user=shop-finder&sentinel_password=finder-password"
+    for server in several.servers:
+        for command in (*base, *(of_servers if finder else of_nodes), *of_waiting):
+            server.run(*command)
+    for who, waits, state in (("worker", "", "warn"), ("writer", "wait_replicas=1&", "ok")):
+        shell.store = url_of(several, login=f"shop-{who}:{who}-password@", query=f"{waits}{finder}")
+        report = examined(shell)
+        assert report.failed == []
+        assert report.state("authority", "write") == state
+        for check in ("service", "failover", "read"):
+            assert report.state("authority", check) == "ok"
+    shell.store = f"sqlite:///{shell.folder}/c.db?namespace={NAMESPACE}"
+    mirror = f"{several.url.replace('://', '://shop-relay:relay-password@')}?{finder}"
+    report = examined(shell, "--mirror", mirror)
+    assert report.failed == [("mirror", "read")]  # an authority's keys are there
+    assert report.state("mirror", "write") == "ok"
 
 
 def test_no_permission_on_the_keys_of_several_servers(shell: Shell, several: SentinelSet | ClusterSet) -> None:

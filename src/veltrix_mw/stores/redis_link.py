@@ -669,7 +669,7 @@ class RedisLink:
     @property
     def _replacing(self) -> str:
         """What else a server that is away may mean, where another one takes its place by itself."""
-        return "; a failover may be under way, try again in some seconds" if isinstance(self._route, Guided) else ""
+        return "; a failover may be under way" if isinstance(self._route, Guided) else ""
 
     @property
     def _host(self) -> str:

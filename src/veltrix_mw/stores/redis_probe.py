@@ -197,7 +197,11 @@ class RedisProbe:
         with self._session(by_s) as connection:
             lacking = self._lacking(connection, reading(names, follows=self._route.follows))
             if lacking:
-                keys = "" if all(map(_is_command, lacking.words)) else f" (%R~{names.base}* to read)"
+                keys = (
+                    ""
+                    if all(map(_is_command, lacking.words))
+                    else f" (%R~{names.base}* to read; in Redis 6 ~{names.base}*)"
+                )
                 return fail(f"{self._who} may not follow{keys}: {lacking.remedy(self._url.user)}")
             self._take(connection)
             is_there = bool(connection.execute("EXISTS", names.entries))
