@@ -17,7 +17,7 @@ faults=(faults simulation cli/test_demo_cluster.py)
 once=(stores/test_mirrored.py stores/test_redis_topologies.py)
 once+=(stores/test_etcd_over_grpc.py stores/test_etcd_handed_in.py)
 once+=(cli/test_doctor.py cli/test_doctor_rights.py cli/test_doctor_topologies.py)
-once+=(test_freshness_client.py test_herd.py test_lazy_mirror.py test_leases.py test_permissions.py)
+once+=(test_freshness_client.py test_herd.py test_lazy_mirror.py test_leases.py test_permissions.py telemetry)
 at_a_time=4
 logs=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$logs"' EXIT

@@ -250,7 +250,7 @@ def test_a_suite_that_fails_on_another_python_fails_and_the_summaries_come_last(
     once += ["stores/test_etcd_over_grpc.py", "stores/test_etcd_handed_in.py"]
     once += ["cli/test_doctor.py", "cli/test_doctor_rights.py", "cli/test_doctor_topologies.py"]
     once += ["test_freshness_client.py", "test_herd.py", "test_lazy_mirror.py"]
-    once += ["test_leases.py", "test_permissions.py"]
+    once += ["test_leases.py", "test_permissions.py", "telemetry"]
     without = " ".join(f"--ignore=tests/{left}" for left in faults + once)
     alone = [("3.13", " ".join(f"tests/{part}" for part in parts)) for parts in (faults, once)]
     beside = [("3.13 with etcd3", "tests/etcd3"), ("3.12", without), ("3.11", without)]

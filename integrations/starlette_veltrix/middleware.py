@@ -6,8 +6,9 @@ Owns where the client comes from; all that happens to a request is `veltrix_mw.a
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self, cast
 
 from starlette.types import ASGIApp, Scope
 
@@ -23,7 +24,9 @@ _events = Events()
 class ConfigMiddleware(asgi.ConfigMiddleware):
     """Gives every HTTP request and websocket of the app a view pinned to one snapshot: `request.state.config`.
 
-    The app and the server see nothing else changed. Never raises on its own, and never blocks the event loop.
+    The app and the server see nothing else changed. Never raises on its own, and never blocks the event loop. Where
+    OpenTelemetry's middleware is next further in, as its instrumentation of Starlette puts it there, this one goes in
+    once more: the span that says what config cost a request is to have begun.
 
     Args:
         app: given by Starlette.
@@ -44,6 +47,13 @@ class ConfigMiddleware(asgi.ConfigMiddleware):
         SettingsError: a setting is missing or wrong. Starlette makes its middleware when the app starts, so that is
             where it shows.
     """
+
+    def __new__(cls, app: ASGIApp, **settings: Any) -> Self:
+        """Where the server's span is begun next further in, that middleware with this one inside of it."""
+        if not _begins_spans(app):
+            return super().__new__(cls)
+        app.app = cls(app.app, **settings)  # type: ignore[attr-defined]
+        return cast("Self", app)
 
     def __init__(
         self,
@@ -74,6 +84,12 @@ class ConfigMiddleware(asgi.ConfigMiddleware):
             revision_header=revision_header,
             on_invalid_layer=on_invalid_layer,
         )
+
+
+def _begins_spans(app: ASGIApp) -> bool:
+    """Whether it is OpenTelemetry's middleware."""
+    module = sys.modules.get("opentelemetry.instrumentation.asgi")
+    return module is not None and isinstance(app, module.OpenTelemetryMiddleware)
 
 
 def _client(client: ConfigClient | None, url: str | None, settings: dict[str, Any]) -> ConfigClient:

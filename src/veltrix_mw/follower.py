@@ -219,7 +219,7 @@ class Follower:
         publication = decision.publication
         if publication is not None:
             if refresh is not None:
-                refresh.revision = publication.snapshot.revision
+                refresh.revision, refresh.origin = publication.snapshot.revision, publication.snapshot.origin
                 refresh.changes = None if publication.changed is None else len(publication.changed)
             self._hand_on(publication)
         return decision

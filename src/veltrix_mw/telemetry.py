@@ -177,9 +177,13 @@ class FetchOutcome:
 
 @dataclass(slots=True)
 class RefreshOutcome:
-    """What a refresh applied: the revision reached and the number of keys changed; None is left out."""
+    """What a refresh applied: the revision reached and the number of keys changed; None is left out.
+
+    `origin` is the tier that it came from, if that is another than was asked.
+    """
 
     revision: int | None = None
+    origin: str | None = None
     changes: int | None = None
 
 
@@ -413,7 +417,8 @@ class Telemetry:
             try:
                 yield outcome
             finally:
-                _set_known(span, {"veltrix.revision": outcome.revision, "veltrix.changes": outcome.changes})
+                told = {"veltrix.revision": outcome.revision, "veltrix.changes": outcome.changes}
+                _set_known(span, {**told, "veltrix.origin": outcome.origin})
             self._metrics().refresh_duration.record(time.perf_counter() - started_s)
 
     def propagated(self, written_at_s: float, now_s: float) -> None:
@@ -697,7 +702,7 @@ def _shown(key: str) -> str:
     return str(key)[:_MAX_SHOWN_KEY].encode("ascii", "backslashreplace").decode("ascii")
 
 
-def _set_known(span: Span, attributes: Mapping[str, int | None]) -> None:
+def _set_known(span: Span, attributes: Mapping[str, int | str | None]) -> None:
     for name, value in attributes.items():
         if value is not None:
             span.set_attribute(name, value)

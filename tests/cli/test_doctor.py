@@ -642,6 +642,8 @@ def test_a_cluster_without_a_quorum(shell: Shell) -> None:
         )
         assert report is not None
         refused(report, "authority", "quorum", "1 of the 3 members named in the URL answer")
+        shell.store = etcd_url(cluster, query="transport=grpc")
+        refused(examined(shell), "authority", "quorum", "1 of the 3 members named in the URL answer")
         assert report.checks["authority", "read"] == ("not made", "because of quorum")
 
 

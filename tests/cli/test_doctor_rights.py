@@ -23,7 +23,7 @@ from tests.cli.test_doctor import (
     write,
 )
 from tests.support.etcd_servers import EtcdCluster, etcd
-from tests.support.redis_servers import RedisServer
+from tests.support.redis_servers import RedisServer, redis_server
 from tests.test_permissions import commands, granted
 from veltrix_mw.stores.redis_layout import Names
 from veltrix_mw.stores.redis_rights import (
@@ -144,6 +144,12 @@ def test_a_key_that_a_writer_or_a_relay_lacks_is_named(shell: Shell, redis: Redi
     refused(report, part, "write", f"redis-cli ACL SETUSER {user} {lacked}")
     mend(redis, report.text(part, "write"))
     assert examined(shell, *arguments).state(part, "write") == "ok"
+
+
+def test_a_command_that_the_server_does_not_know_is_a_failure(shell: Shell) -> None:
+    with redis_server("--rename-command", "ZREM", "") as server:
+        shell.store = redis_url(server)
+        refused(examined(shell), "authority", "write", "does not know ZREM: ")
 
 
 def test_a_worker_is_told_what_a_relay_would_need(shell: Shell, redis: RedisServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,8 @@ from tests.support.redis_servers import (
     sentinel_set,
 )
 from tests.support.waiting import wait_until
+from tests.test_docs import fences
+from tests.test_permissions import PAGE, commands
 from veltrix_mw.stores.redis_layout import Names
 from veltrix_mw.stores.redis_routes import slot_of
 
@@ -115,6 +118,33 @@ def test_a_wrong_password_of_several_servers(shell: Shell, several: SentinelSet 
     assert "wr0ng" not in report.answer.out
     shell.store = url_of(several, login="worker:pw@")
     assert examined(shell).failed == []
+
+
+def test_the_documented_users_of_several_servers_lack_nothing(shell: Shell, several: SentinelSet | ClusterSet) -> None:
+    of_servers, of_sentinels, of_nodes, of_waiting = (
+        [shlex.split(line) for line in fence.text.splitlines()] for fence in fences(PAGE) if fence.language == "text"
+    )
+    base = [command for command in commands("redis-cli") if command[2].startswith("shop-")]
+    finder = ""
+    if isinstance(several, SentinelSet):
+        for sentinel in several.sentinels:
+            sentinel.run(*of_sentinels[0])
+        finder = "sentinel_user=shop-finder&sentinel_password=finder-password"
+    for server in several.servers:
+        for command in (*base, *(of_servers if finder else of_nodes), *of_waiting):
+            server.run(*command)
+    for who, waits, state in (("worker", "", "warn"), ("writer", "wait_replicas=1&", "ok")):
+        shell.store = url_of(several, login=f"shop-{who}:{who}-password@", query=f"{waits}{finder}")
+        report = examined(shell)
+        assert report.failed == []
+        assert report.state("authority", "write") == state
+        for check in ("service", "failover", "read"):
+            assert report.state("authority", check) == "ok"
+    shell.store = f"sqlite:///{shell.folder}/c.db?namespace={NAMESPACE}"
+    mirror = f"{several.url.replace('://', '://shop-relay:relay-password@')}?{finder}"
+    report = examined(shell, "--mirror", mirror)
+    assert report.failed == [("mirror", "read")]  # an authority's keys are there
+    assert report.state("mirror", "write") == "ok"
 
 
 def test_no_permission_on_the_keys_of_several_servers(shell: Shell, several: SentinelSet | ClusterSet) -> None:
@@ -254,6 +284,7 @@ def test_a_port_of_a_sentinel_is_told_as_one(shell: Shell, sentinels: SentinelSe
     for db in (0, 1):
         shell.store = f"redis://{at}/{db}{QUERY}"
         refused(examined(shell), "authority", "service", f"write redis+sentinel://{at}/NAME/0")
+        assert f"write redis+sentinel://{at}/NAME/0" in shell.run("put", "a", "1").err
 
 
 def test_sentinels_of_two_sets_are_told(shell: Shell, sentinels: SentinelSet) -> None:
@@ -303,6 +334,24 @@ def test_sentinels_that_are_away_are_counted_and_a_write_says_that_a_failover_ma
         assert "a failover may be under way" in done.err
 
 
+def test_a_primary_that_would_want_the_replica_that_replaces_it_is_a_warning(
+    shell: Shell, several: SentinelSet | ClusterSet
+) -> None:
+    owner = several.owner_of(ENTRIES)
+    shell.store = url_of(several)
+    owner.run("CONFIG", "SET", "min-replicas-to-write", "1")
+    try:
+        report = examined(shell)
+    finally:
+        owner.run("CONFIG", "SET", "min-replicas-to-write", "0")
+    assert report.failed == []
+    assert "1 replica and min-replicas-to-write 1: who takes over has one less" in report.text("authority", "failover")
+    for server in several.servers:
+        server.run("ACL", "SETUSER", "modest", "on", ">pw", "~*", "+@all", "-config|get", "-info")
+    shell.store = url_of(several, login="modest:pw@")
+    assert examined(shell).state("authority", "failover") == "ok"
+
+
 def test_a_primary_that_wants_replicas_says_so(shell: Shell) -> None:
     with redis_server("--min-replicas-to-write", "1", *BOUNDED) as server:
         shell.store = f"redis://127.0.0.1:{server.port}/0{QUERY}"
@@ -317,9 +366,13 @@ def test_sentinels_that_are_stopped_are_told(shell: Shell, sentinels: SentinelSe
         report = examined(shell)
         assert report.failed == []
         assert "2 of 3 are well" in report.text("authority", "service")
-        assert f"the sentinel 127.0.0.1:{one.port} did not answer within" in report.text("authority", "service")
+        assert f"the sentinel 127.0.0.1:{one.port} did not answer in time" in report.text("authority", "service")
+        for other in sentinels.sentinels[1:]:
+            other.stop()
+        refused(examined(shell), "authority", "service", "answers in time, and they take connections")
     finally:
-        one.cont()
+        for sentinel in sentinels.sentinels:
+            sentinel.cont()
 
 
 # --- a cluster
@@ -336,7 +389,7 @@ def test_nodes_that_form_no_cluster_are_told_how_to(shell: Shell) -> None:
     ("lost", "text"),
     [
         (SLOT, f"no node has slot {SLOT}, where the namespace is, and 0 more of 16384"),
-        (SLOT - 1, "1 slots are without a node, so the cluster serves nothing"),
+        (SLOT - 1, "1 slot without a node, so the cluster serves nothing"),
     ],
 )
 def test_slots_without_a_node_are_told(shell: Shell, nodes: ClusterSet, lost: int, text: str) -> None:
@@ -410,6 +463,37 @@ def test_nodes_of_two_clusters_are_told(shell: Shell, nodes: ClusterSet) -> None
         text = examined(shell).text("authority", "failover")
         assert f"127.0.0.1:{stranger.port} has no replica that is up: redis-cli --cluster add-node HOST:PORT" in text
         assert "one primary has slots" in text
+
+
+def test_servers_of_another_kind_than_the_url_says_are_told(
+    shell: Shell, sentinels: SentinelSet, nodes: ClusterSet
+) -> None:
+    server, node = (f"127.0.0.1:{each.servers[0].port}" for each in (sentinels, nodes))
+    for url, text in (
+        (f"redis+cluster://{server}", "is no node of a Redis Cluster: write redis://"),
+        (f"redis+sentinel://{server}/{PRIMARY}/0", "is a Redis server, not a sentinel"),
+        (f"redis+sentinel://{node}/{PRIMARY}/0", "is a Redis server, not a sentinel"),
+    ):
+        shell.store = f"{url}{QUERY}"
+        refused(examined(shell), "authority", "service", text)
+
+
+def test_a_slot_of_which_some_keys_have_left_is_told(shell: Shell, nodes: ClusterSet) -> None:
+    owner = nodes.owner(SLOT)
+    target = nodes.another(owner)
+    shell.store = f"{nodes.url}{QUERY}"
+    nodes.begin_moving(SLOT, owner, target)
+    try:
+        nodes.move_keys(SLOT, owner, target, most=1)
+        report = examined(shell)
+    finally:
+        nodes.move_keys(SLOT, owner, target)
+        nodes.end_moving(SLOT, owner, target)
+        nodes.wait_whole()
+    assert "is half moved" in report.text("authority", "service")
+    assert report.failed == []
+    assert nodes.owner(SLOT) is target
+    assert examined(shell).state("authority", "service") == "ok"
 
 
 def test_a_cluster_whose_primary_has_a_replica_can_fail_over(shell: Shell, nodes: ClusterSet) -> None:

@@ -45,11 +45,11 @@ def test_each_read_of_both_requests_is_a_line_below_the_request(shell: Shell, pu
         "start",
         "  veltrix.refresh  TIME  list, from sqlite, revision 2",
         "first request",
-        "  GET /  TIME  revision 2, from sqlite, 2 look-ups, TIME together",
+        "  GET /  TIME  from sqlite, revision 2, 2 look-ups, TIME together",
         "  ├─ veltrix.lookup  TIME (TIME)  checkout/max_items, hit",
         "  └─ veltrix.lookup  TIME (TIME)  nope, miss",
         "next request",
-        "  GET /  TIME  revision 2, from sqlite, 2 look-ups, TIME together",
+        "  GET /  TIME  from sqlite, revision 2, 2 look-ups, TIME together",
         "  ├─ veltrix.lookup  TIME (TIME)  checkout/max_items, hit",
         "  └─ veltrix.lookup  TIME (TIME)  nope, miss",
     ]

@@ -115,20 +115,16 @@ def shown_time(time_ns: float) -> str:
 
 
 def _details(span: Told, names: Mapping[str, str]) -> str:
-    said = [part for name, value in span.attributes.items() if (part := _PARTS.get(name, _nothing)(value))]
+    said = [part(span.attributes[name]) for name, part in _PARTS.items() if name in span.attributes]
     said += [f"links to {names.get(span_id) or 'a span of trace ' + trace_id}" for trace_id, span_id in span.links]
-    return ", ".join(said)
+    return ", ".join(filter(None, said))
 
 
-def _nothing(_value: Any) -> str:
-    return ""
-
-
-# What an attribute says in the tree; those that are not here have nothing to say to a person.
+# What an attribute says in the tree, in this order; those that are not here have nothing to say to a person.
 _PARTS: Final[Mapping[str, Any]] = {
     "veltrix.key": str,
-    "veltrix.prefix": lambda prefix: f"below {prefix}",
     "veltrix.unit_count": lambda count: counted(count, "unit"),
+    "veltrix.prefix": lambda prefix: f"below {prefix}",
     "veltrix.refresh.kind": str,
     "veltrix.result": str,
     "veltrix.origin": lambda origin: f"from {origin}",

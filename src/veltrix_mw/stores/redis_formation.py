@@ -41,8 +41,10 @@ class SentinelsSeen:
             "failover is under way: look again in a moment"
         )
 
-    def failover(self, replicas: int) -> Said:
-        """Whether another server could take over; `replicas` is how many are connected to the primary."""
+    def failover(self, replicas: int, wanted: int) -> Said:
+        """Whether another server could take over; `replicas` is how many are connected to the primary, `wanted` how
+        many it needs to take writes.
+        """
         most = max(self._answers.values(), key=lambda each: _number(each, "num-other-sentinels"))
         total, quorum = _number(most, "num-other-sentinels") + 1, _number(most, "quorum")
         usable, majority = total - (self._named - len(self._answers)), total // 2 + 1
@@ -51,6 +53,7 @@ class SentinelsSeen:
             known = _number(most, "num-slaves")
             lost = f" (the sentinels know of {known}: is masterauth right there?)" if known else ""
             remedies.append(f"no replica is connected to the primary{lost}: start one (replicaof)")
+        remedies += _too_few(replicas, wanted)
         if total < _ELECTORS:
             remedies.append(
                 f"{counted(total, 'sentinel')} alone, so that none may be lost: run three, on machines of their own"
@@ -74,6 +77,14 @@ class SentinelsSeen:
         if remedies:
             return warn(f"nothing takes over when the primary ends, or not as it should: {'; '.join(remedies)}")
         return ok(f"{counted(replicas, 'replica')} can take over, by {quorum} of {total} sentinels")
+
+
+def _too_few(replicas: int, wanted: int) -> list[str]:
+    """What there is to do for a primary that takes over and has one replica less than the one before."""
+    if not replicas or replicas > wanted:
+        return []
+    have = f"{counted(replicas, 'replica')} and min-replicas-to-write {wanted}"
+    return [f"{have}: who takes over has one less, and takes no writes until the one that ended is back: add a replica"]
 
 
 def _number(fields: Mapping[str, str], name: str) -> int:
@@ -215,25 +226,28 @@ class NodesSeen:
             )
         if self.lost:
             return warn(
-                f"{counted(self.lost, 'slot')} of {SLOTS} are without a node, none of them the namespace's: start the "
+                f"{counted(self.lost, 'slot')} of {SLOTS} without a node, none of them the namespace's: start the "
                 f"nodes that had them, or {self.fix}"
             )
         return None
 
-    def failover(self) -> Said:
-        """Whether a replica could take over from the namespace's primary."""
+    def failover(self, replicas: int, wanted: int) -> Said:
+        """Whether a replica could take over from the namespace's primary, of which so many are connected to it, and so
+        many must be for it to take writes.
+        """
         best = self._best
         owner = None if best is None else self._owner(best)
         assert best is not None
         assert owner is not None
-        replicas = [node for node in best.nodes if node.primary == owner.id and node.is_up]
+        known = [node for node in best.nodes if node.primary == owner.id and node.is_up]
         electors = [node for node in best.nodes if node.slots]
         remedies = []
-        if not replicas:
+        if not known:
             remedies.append(
                 f"{shown(owner.host)} has no replica that is up: redis-cli --cluster add-node HOST:PORT "
                 f"{shown(owner.host)} --cluster-slave --cluster-master-id {owner.id}"
             )
+        remedies += _too_few(replicas, wanted)
         if len(electors) < _ELECTORS:
             what = "one primary has slots" if len(electors) == 1 else f"{len(electors)} primaries have slots"
             remedies.append(f"{what}, of which no majority is left when one ends: have three")
@@ -243,7 +257,7 @@ class NodesSeen:
                 remedies.append(f"{len(up)} of {len(electors)} primaries are up: start the others")
         if remedies:
             return warn(f"nothing takes over when the namespace's primary ends: {'; '.join(remedies)}")
-        return ok(f"{counted(len(replicas), 'replica')} of {shown(owner.host)} can take over")
+        return ok(f"{counted(len(known), 'replica')} of {shown(owner.host)} can take over")
 
     # ---
 

@@ -690,9 +690,18 @@ class RedisLink:
             raise StoreUnavailable(f"{why}; the write's {_FATE}") from exc
 
     def lacking(self, reply: Any) -> str:
-        """What the user lacks, as `NotPermitted` has it, where that is why a reply is an error; '' where it is not."""
-        told = self._refused(reply) if isinstance(reply, errors.ResponseError) else None
-        return told.lacking if isinstance(told, NotPermitted) else ""
+        """What the user lacks, as `NotPermitted` has it, where that is why a reply is an error; '' where it is not.
+
+        Raises `StoreError` where the server does not know the command: nobody may run it.
+        """
+        if not isinstance(reply, errors.ResponseError):
+            return ""
+        told = self._refused(reply)
+        if isinstance(told, NotPermitted):
+            return told.lacking
+        if _UNKNOWN_COMMAND.search(str(reply)):
+            raise told from None
+        return ""
 
     def not_ours(self, what: str) -> StoreError:
         return StoreError(
@@ -753,7 +762,7 @@ class RedisLink:
     @property
     def _replacing(self) -> str:
         """What else a server that is away may mean, where another one takes its place by itself."""
-        return "; a failover may be under way, try again in some seconds" if isinstance(self._route, Guided) else ""
+        return "; a failover may be under way" if isinstance(self._route, Guided) else ""
 
     @property
     def _host(self) -> str:

@@ -164,11 +164,12 @@ class RedisProbe:
 
     def _failover(self, by_s: float) -> Said:
         """Whether another server could take over."""
-        replicas = 0
-        if self._route.asks_for_role:
-            with self._session(by_s) as connection:
-                replicas = len(connection.execute("ROLE")[2])
-        said = None if self._guides is None else self._guides.failover(replicas)
+        with self._session(by_s) as connection:
+            role, setting = connection.attempt([("ROLE",), ("CONFIG", "GET", "min-replicas-to-write")])
+        # Few may ask for a setting, and in a cluster a user may not ask for the role: then nothing is known of it.
+        replicas = len(role[2]) if isinstance(role, list) and role[0] == b"master" else 0
+        wanted = int(setting[1]) if isinstance(setting, list) and len(setting) == 2 else 0
+        said = None if self._guides is None else self._guides.failover(replicas, wanted)
         return not_made("none of those that name the server said what they know") if said is None else said
 
     def _authentication(self, _by_s: float) -> Said:
@@ -196,7 +197,11 @@ class RedisProbe:
         with self._session(by_s) as connection:
             lacking = self._lacking(connection, reading(names, follows=self._route.follows))
             if lacking:
-                keys = "" if all(map(_is_command, lacking.words)) else f" (%R~{names.base}* to read)"
+                keys = (
+                    ""
+                    if all(map(_is_command, lacking.words))
+                    else f" (%R~{names.base}* to read; in Redis 6 ~{names.base}*)"
+                )
                 return fail(f"{self._who} may not follow{keys}: {lacking.remedy(self._url.user)}")
             self._take(connection)
             is_there = bool(connection.execute("EXISTS", names.entries))
