@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from veltrix_mw.errors import AuthFailed, StoreError, StoreNotFound, StoreUnavailable
-from veltrix_mw.protocols import Silent
+from veltrix_mw.protocols import NotPermitted, Silent
 from veltrix_mw.settings import Host
 from veltrix_mw.stores.redis_routes import WORD_S, Guided, Nodes, Question, Sentinels, Server, Word, slot_of
 
@@ -244,9 +244,11 @@ def test_without_a_word_nothing_is_written_and_what_is_read_is_as_good_as_what_i
     guides.says = {S1: (OLD, 0), S2: AWAY, S3: AWAY}
     with pytest.raises(StoreNotFound, match="those that answer are behind"):
         guides.find(route, word=Word.REQUIRED)
-    guides.says = dict.fromkeys((S1, S2, S3), AuthFailed("a password"))
-    with pytest.raises(AuthFailed, match="a password"):
+    guides.says = dict.fromkeys((S1, S2, S3), NotPermitted("a right", lacking="+sentinel"))
+    with pytest.raises(NotPermitted, match="a right") as raised:
         guides.find(route, word=Word.REQUIRED)
+    assert raised.value.lacking == "+sentinel"
+    assert raised.value is not guides.says[S1]
 
 
 def test_guides_of_two_sets_do_not_make_it_go_back_and_forth(guides: Guides, route: Sentinels) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Any, Final
 
-from veltrix_mw.errors import AuthFailed, StoreError, StoreNotFound, StoreUnavailable
+from veltrix_mw.errors import StoreError, StoreNotFound, StoreUnavailable
 from veltrix_mw.protocols import Silent
 from veltrix_mw.settings import Host, StoreUrl, shown
 from veltrix_mw.stores.redis_layout import Names
@@ -274,8 +274,9 @@ class Guided:
             if word is Word.REQUIRED and self._known is not None:
                 needs = "; nothing is written without their word, as the server that is known may have been replaced"
             return StoreNotFound(f"{self._nobody}: {fault}{needs}. {self._remedy}")
-        again = AuthFailed if isinstance(fault, AuthFailed) else StoreError
-        return again(str(fault))
+        again = type(fault).__new__(type(fault), *fault.args)
+        again.__dict__.update(vars(fault))
+        return again
 
     def _answer(self, led: _Round, ask: Ask, deadline_s: float, known: _Told | None) -> _Told:
         """What is to be believed; where nobody answers, what is known already.
