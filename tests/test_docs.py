@@ -159,7 +159,7 @@ AROUND: Final[dict[str, tuple[str, str]]] = {
             "from tests.support.waiting import wait_until\n"
             "wait_until(lambda: '\"veltrix.refresh\"' in sys.stdout.getvalue(), 20, reason='the first list is told')\n"
             "printed, sys.stdout = sys.stdout.getvalue(), sys.__stdout__\n"
-            "assert '\"name\": \"GET /checkout\"' in printed, printed\n"
+            'assert \'"name": "GET /checkout"\' in printed, printed\n'
             "assert '\"veltrix.lookup.count\": 1' in printed, printed"
         ),
     ),
@@ -361,7 +361,7 @@ class Shell:
             case ["make", target, *_]:
                 if not re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE):
                     raise Wrong(f"make has no target {target!r}")
-            case ["pip", "install", *packages]:
+            case ["pip", "install", *packages] | ["python", "-m", "pip", "install", *packages]:
                 for package in packages:
                     _check_package(package)
             case ["python", "-m", "benchmarks", *_]:
