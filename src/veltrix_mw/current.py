@@ -15,6 +15,7 @@ from veltrix_mw.overrides import process_overrides
 from veltrix_mw.pinning import pinned_view
 from veltrix_mw.request_layers import InvalidLayerPolicy, checked_keys, kept_layers
 from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.telemetry import current_context
 from veltrix_mw.view import CountingView, View
 from veltrix_mw.views import Views, checked_layers
 
@@ -105,9 +106,10 @@ class Pinned:
         Returns the view to read from now on, at the same revision.
         """
         if self._span is None and not self._counted_outside and not self._reported:
-            self._span = self.view._views.telemetry.recording_span()
+            context = current_context()
+            self._span = self.view._views.telemetry.recording_span(context)
             if self._span is not None:
-                self._replace(self.view._views.counting(self.view, self._span))
+                self._replace(self.view._views.counting(self.view, self._span, context))
         return self.view
 
     def lay(self, layers: Sequence[str], *, on_invalid_layer: InvalidLayerPolicy = "reject") -> View:
@@ -129,7 +131,7 @@ class Pinned:
             laid = laid._of_one(view._units)
         if isinstance(view, CountingView):
             tally = view._tally
-            laid = views.counting(laid, tally.span)
+            laid = views.counting(laid, tally.span, tally.context)
             laid._tally = tally
         self._replace(laid)
         return laid
