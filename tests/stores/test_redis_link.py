@@ -1,4 +1,4 @@
-"""The link to a Redis: how long a late answer may be asked about."""
+"""The link to a Redis: how long a late answer may be asked about, and what an error means."""
 
 from __future__ import annotations
 
@@ -7,15 +7,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from redis import exceptions as errors
 
+from veltrix_mw.protocols import NotPermitted
 from veltrix_mw.stores.redis_link import RedisLink
 from veltrix_mw.stores.redis_routes import Sentinels
 
 
+def made() -> RedisLink:
+    options: dict[str, Any] = dict.fromkeys(("user", "password", "ca", "cert", "key"))
+    return RedisLink(Sentinels([("s1", 1)], "m"), db=0, namespace="shop", tls=False, **options)
+
+
+def test_a_command_that_valkey_refuses_within_a_script_is_named() -> None:
+    said = "ACL failure in script: User r has no permissions to run the 'hset' command script: on @user_script:1."
+    with pytest.raises(NotPermitted) as raised, made().translating(1.0):
+        raise errors.ResponseError(said)
+    assert raised.value.lacking == "+hset"
+
+
 @pytest.mark.parametrize("left_s", [0.1, 60.0])
 def test_whether_a_late_answer_counts_is_asked_within_the_calls_deadline(left_s: float) -> None:
-    options: dict[str, Any] = dict.fromkeys(("user", "password", "ca", "cert", "key"))
-    link = RedisLink(Sentinels([("s1", 1)], "m"), db=0, namespace="shop", tls=False, **options)
+    link = made()
     asked_until_s: list[float] = []
     link.look = lambda deadline_s: asked_until_s.append(deadline_s) or ("h1", 1)  # type: ignore[assignment, func-returns-value, method-assign]
     deadline_s = time.monotonic() + left_s

@@ -837,7 +837,8 @@ class RedisLink:
         code = found[1] if found else code
         if isinstance(error, errors.AuthenticationError) or code == "NOAUTH":
             return self._not_let_in(text)
-        if isinstance(error, errors.NoPermissionError) or code == "NOPERM" or "executing the script can't" in text:
+        in_script = "executing the script can't" in text or "ACL failure in script" in text  # Redis, Valkey
+        if isinstance(error, errors.NoPermissionError) or code == "NOPERM" or in_script:
             return self._not_permitted(text)
         if code == "OOM" or "used memory > 'maxmemory'" in text:
             return StoreUnavailable(f"{url} is out of memory: raise maxmemory, or remove what else is in there")
