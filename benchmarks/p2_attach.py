@@ -10,13 +10,6 @@ from typing import Any
 from benchmarks.harness import Figure, in_turn, ratios
 from veltrix_mw import ConfigClient, Freshness, asgi, wsgi
 
-ATTRIBUTES = {
-    "veltrix.revision": 1,
-    "veltrix.origin": "memory",
-    "veltrix.stale": False,
-    "veltrix.lookup.count": 0,
-    "veltrix.lookup.total": 0.0,
-}
 _floor: ContextVar[Any] = ContextVar("floor")
 
 
@@ -78,24 +71,9 @@ def _wsgi(app: Any) -> Callable[[int], None]:
     return run
 
 
-def _recorded(run: Callable[[int], None]) -> Callable[[int], None]:
-    """The same requests, each in a server span that records."""
-    from opentelemetry.sdk.trace import TracerProvider
-
-    tracer = TracerProvider().get_tracer("bench")
-
-    def recorded(calls: int) -> None:
-        for _ in range(calls):
-            with tracer.start_as_current_span("request"):
-                run(1)
-
-    return recorded
-
-
 def measure() -> list[Figure]:
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-    from opentelemetry.trace import get_current_span
 
     figures = []
     provider = MeterProvider([InMemoryMetricReader()])
@@ -121,7 +99,6 @@ def measure() -> list[Figure]:
                 _wsgi(wsgi.ConfigMiddleware(wsgi_app, client=fresh)),
             ),
         }
-        histogram = provider.get_meter("bench").create_histogram("bench")
         labels = {"control": "A/A control", "ours": "a view", "fresh": "a view, freshness="}
         for name, (bare, floor, ours, refusing) in pairs.items():
             samples = in_turn({"bare": bare, "floor": floor, "control": floor, "ours": ours, "fresh": refusing})
@@ -134,23 +111,4 @@ def measure() -> list[Figure]:
             for other, label in labels.items():
                 bar = 2.0 if other == "ours" else None
                 figures.append(Figure("P2 attach", f"{name}, {label}", *found[other], bar=bar, note="in bare floors"))
-
-            def told(floor: Callable[[int], None] = floor) -> Callable[[int], None]:
-                """The floor, and by hand what the default level tells: five attributes and one histogram record."""
-
-                def run(calls: int) -> None:
-                    floor(calls)
-                    span = get_current_span()
-                    for key, value in ATTRIBUTES.items():
-                        span.set_attribute(key, value)
-                    histogram.record(1e-6, {"veltrix.origin": "memory"})
-
-                return run
-
-            samples = in_turn({"floor": _recorded(floor), "told": _recorded(told()), "ours": _recorded(ours)})
-            for other in ("told", "ours"):
-                samples[other] = [max(b - a, 1e-9) for a, b in zip(samples["floor"], samples[other], strict=True)]
-            found = ratios({"told": samples["told"], "ours": samples["ours"]}, "told")
-            note = "beyond the floor, against five attributes and a histogram record by hand"
-            figures.append(Figure("P2 attach", f"{name}, in a span that records", *found["ours"], note=note))
     return figures

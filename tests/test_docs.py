@@ -344,6 +344,8 @@ class Shell:
                     raise Wrong(f"make has no target {target!r}")
             case ["pip", "install", package]:
                 _check_package(package)
+            case ["python", "-m", "pip", "install", *packages]:  # of others
+                assert all(re.fullmatch(r"opentelemetry-[a-z0-9-]+", package) for package in packages)
             case ["python", "-m", "benchmarks", *_]:
                 pass
             case ["python", file, *_] if file.startswith("examples/"):

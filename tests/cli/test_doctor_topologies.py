@@ -366,9 +366,13 @@ def test_sentinels_that_are_stopped_are_told(shell: Shell, sentinels: SentinelSe
         report = examined(shell)
         assert report.failed == []
         assert "2 of 3 are well" in report.text("authority", "service")
-        assert f"the sentinel 127.0.0.1:{one.port} did not answer within" in report.text("authority", "service")
+        assert f"the sentinel 127.0.0.1:{one.port} did not answer in time" in report.text("authority", "service")
+        for other in sentinels.sentinels[1:]:
+            other.stop()
+        refused(examined(shell), "authority", "service", "answers in time, and they take connections")
     finally:
-        one.cont()
+        for sentinel in sentinels.sentinels:
+            sentinel.cont()
 
 
 # --- a cluster

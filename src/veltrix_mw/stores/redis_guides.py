@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from veltrix_mw.errors import AuthFailed, StoreError
 from veltrix_mw.findings import Said, fail, warn
-from veltrix_mw.protocols import NotPermitted
-from veltrix_mw.settings import Host, StoreUrl
+from veltrix_mw.protocols import NotPermitted, Silent
+from veltrix_mw.settings import Host, StoreUrl, shown
 from veltrix_mw.stores.network_probe import Fault, ask_each
 from veltrix_mw.stores.redis_formation import NodesSeen, SentinelsSeen, view_of
 from veltrix_mw.stores.redis_link import RedisLink
@@ -39,6 +39,12 @@ class GuidesProbe:
         results = self._asked(hosts, questions, by_s)
         faults = {host: result for host, result in results.items() if isinstance(result, StoreError)}
         if len(faults) == len(results):
+            if all(isinstance(each, Silent) for each in faults.values()):
+                what = "sentinels" if is_set else "nodes"
+                return fail(
+                    f"none of the {what} ({', '.join(map(shown, faults))}) answers in time, and they take connections: "
+                    "are the processes stopped, or their machines overloaded?"
+                )
             refused = next((each for each in faults.values() if isinstance(each, AuthFailed)), None)
             return None if refused is None else self._refused(refused)
         answers = {host: result[0] for host, result in results.items() if not isinstance(result, StoreError)}
@@ -100,13 +106,15 @@ class GuidesProbe:
         def ask(host: Host) -> tuple[list[Any], StoreError | None]:
             try:
                 return self._link.ask(host, questions, by_s), None
+            except Silent:  # within how much of the check's time would tell nobody anything
+                return [], Silent(f"{self._route.called(host)} did not answer in time: is it stopped, or overloaded?")
             except StoreError as exc:
                 return [], exc
 
         results: dict[Host, list[Any] | StoreError] = {}
         for host, result in ask_each(hosts, ask, by_s).items():
             if isinstance(result, Fault):
-                results[host] = StoreError(str(result))
+                results[host] = Silent(str(result))
             else:
                 replies, error = result
                 results[host] = replies if error is None else error
