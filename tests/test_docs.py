@@ -15,6 +15,7 @@ import ast
 import contextlib
 import doctest
 import importlib
+import importlib.metadata
 import io
 import os
 import re
@@ -124,6 +125,13 @@ etcd3 = sys.modules["etcd3"] = ModuleType("etcd3")
 etcd3.client = lambda host, port: Client(channel=grpc.insecure_channel(os.environ["DOCS_ETCD"]), metadata=None)
 """
 
+# The exporter of spans to the terminal takes the one that there is as it is imported.
+_PRINTED = """
+import io
+sys.modules.pop("opentelemetry.sdk.trace.export", None)
+sys.stdout = io.StringIO()
+"""
+
 # What runs before and after a marked block. Most snippets show a part of an app; this is the rest of it.
 AROUND: Final[dict[str, tuple[str, str]]] = {
     "etcd3": (_ETCD3, ""),
@@ -142,6 +150,17 @@ AROUND: Final[dict[str, tuple[str, str]]] = {
             "assert app.test_client().get('/in-a-thread').text == '50'\n"
             "assert app.test_client().get('/limits').text == '50\\n50\\n50\\n'\n"
             "pool.shutdown()"
+        ),
+    ),
+    "flask-traced": (
+        _PRINTED,
+        (
+            "assert app.test_client().get('/checkout').text == 'at most 50 items'\n"
+            "from tests.support.waiting import wait_until\n"
+            "wait_until(lambda: '\"veltrix.refresh\"' in sys.stdout.getvalue(), 20, reason='the first list is told')\n"
+            "printed, sys.stdout = sys.stdout.getvalue(), sys.__stdout__\n"
+            'assert \'"name": "GET /checkout"\' in printed, printed\n'
+            "assert '\"veltrix.lookup.count\": 1' in printed, printed"
         ),
     ),
     "django": ("INSTALLED_APPS, MIDDLEWARE = [], []", _DJANGO_PROJECT),
@@ -342,10 +361,9 @@ class Shell:
             case ["make", target, *_]:
                 if not re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE):
                     raise Wrong(f"make has no target {target!r}")
-            case ["pip", "install", package]:
-                _check_package(package)
-            case ["python", "-m", "pip", "install", *packages]:  # of others
-                assert all(re.fullmatch(r"opentelemetry-[a-z0-9-]+", package) for package in packages)
+            case ["pip", "install", *packages] | ["python", "-m", "pip", "install", *packages]:
+                for package in packages:
+                    _check_package(package)
             case ["python", "-m", "benchmarks", *_]:
                 pass
             case ["python", file, *_] if file.startswith("examples/"):
@@ -423,10 +441,16 @@ def _check_verb(arguments: list[str]) -> None:
 
 
 def _check_package(package: str) -> None:
+    if package.startswith("opentelemetry-"):
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as exc:
+            raise Wrong(f"pip install {package}: what the pages name is installed here, and this is not") from exc
+        return
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found = re.fullmatch(r"([\w-]+)(?:\[([\w,]+)\])?", package)
     if not found or found[1] != project["name"]:
-        raise Wrong(f"pip install {package}: only {project['name']} and its extras are installed by name")
+        raise Wrong(f"pip install {package}: only OpenTelemetry's and {project['name']} are installed by name")
     for extra in (found[2] or "").split(",") if found[2] else ():
         if extra not in project["optional-dependencies"]:
             raise Wrong(f"pip install {package}: there is no extra {extra!r}")

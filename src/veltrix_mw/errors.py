@@ -8,7 +8,7 @@ Owns the error tree and nothing else; knows no store, no framework.
     ├── StoreError                  a store said no, or nothing
     │   ├── StoreUnavailable        retry: the store is away or too slow
     │   │   ├── NeverWritten        write: the store is not there yet, and the first write makes it
-    │   │   └── StoreNotFound       retry: nobody says where the store is; whoever knew it goes on with it
+    │   │   └── StoreNotFound       retry: nobody says where the store is; whoever knew it reads on
     │   ├── Compacted               list again: the history asked for is gone
     │   ├── AuthFailed              fix it: credentials or permissions
     │   └── Overloaded              retry later: a cap protects the store
@@ -74,7 +74,10 @@ class NeverWritten(StoreUnavailable):
 
 
 class StoreNotFound(StoreUnavailable):
-    """No sentinel, or no node of a cluster, says where the store is. Retry; whoever knew it before goes on with it."""
+    """No sentinel, or no node of a cluster, says where the store is.
+
+    Retry; whoever knew it before reads on, and writes nothing.
+    """
 
 
 class Compacted(StoreError):

@@ -50,6 +50,8 @@ ENDS: Final[Mapping[str, tuple[str, ...]]] = {
     "veltrix.filled": ("veltrix.fill_failed",),
     "veltrix.follower_started": ("veltrix.follower_not_started",),
     "veltrix.lapses_started": ("veltrix.lapses_not_started",),
+    "veltrix.guides_agree": ("veltrix.guides_disagree",),
+    "veltrix.guides_answer": ("veltrix.guides_failed",),
     "veltrix.last_known_good_saved": ("veltrix.last_known_good_unsaved",),
     "veltrix.ready": ("veltrix.not_ready",),
     "veltrix.relay_elected": ("veltrix.relay_deposed", "veltrix.relay_resigned"),

@@ -97,7 +97,7 @@ def test_a_redis_url_says_how_its_server_is_found(opening: Any) -> None:
     cluster = opening(parse_url("rediss+cluster://h1,h2:7", namespace="shop"))
     route = cluster._link._route
     assert isinstance(route, Nodes)
-    assert (sorted(route._order), route._slot) == ([("h1", 6379), ("h2", 7)], slot_of("shop"))
+    assert (sorted(route._order), route.slot) == ([("h1", 6379), ("h2", 7)], slot_of("shop"))
     assert cluster.info.url == "rediss+cluster://h1:6379,h2:7"
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
+from veltrix_mw.errors import AuthFailed, StoreError, StoreNotFound, StoreUnavailable
+from veltrix_mw.protocols import NotPermitted, Silent
 from veltrix_mw.settings import Host
-from veltrix_mw.stores.redis_routes import Guided, Nodes, Question, Sentinels, Server, slot_of
+from veltrix_mw.stores.redis_routes import WORD_S, Guided, Nodes, Question, Sentinels, Server, Word, slot_of
 
 S1, S2, S3 = ("s1", 1), ("s2", 2), ("s3", 3)
 OLD, NEW = ("old", 6379), ("new", 6379)
@@ -24,6 +27,7 @@ class Guides:
         self.asked: list[Host] = []
         self.granted_s: list[float] = []
         self.later_s = 0.0
+        self.takes_s: Callable[[float], float] = lambda _granted_s: 0.0  # what one that hangs costs
 
     def clock(self) -> float:
         return time.monotonic() + self.later_s
@@ -36,14 +40,16 @@ class Guides:
         self.asked.append(guide)
         self.granted_s.append(deadline_s - self.clock())
         said = self.says[guide]
+        if isinstance(said, Silent):
+            self.later_s += self.takes_s(self.granted_s[-1])
         if isinstance(said, StoreError):
             raise said
         (host, port), epoch = said
         return [[host.encode(), b"%d" % port], [b"name", b"m", b"config-epoch", b"%d" % epoch]]
 
-    def find(self, route: Guided, timeout_s: float = 8.0) -> Host:
+    def find(self, route: Guided, timeout_s: float = 8.0, *, word: Word = Word.KNOWN) -> Host:
         self.asked, self.granted_s = [], []
-        return route.find(self.ask, self.clock() + timeout_s)
+        return route.find(self.ask, self.clock() + timeout_s, word)
 
 
 @pytest.fixture
@@ -70,13 +76,207 @@ def test_the_first_that_answers_is_believed_and_not_asked_again_at_once(guides: 
     assert (guides.find(route), guides.asked) == (NEW, [S3])
 
 
-def test_each_gets_its_share_of_the_time_and_leaves_one_for_the_server(guides: Guides, route: Sentinels) -> None:
+def test_each_gets_a_short_attempt_and_leaves_a_share_of_the_time_for_the_server(
+    guides: Guides, route: Sentinels
+) -> None:
     guides.says = {S1: AWAY, S2: AWAY, S3: (OLD, 1)}
     guides.find(route)
-    assert [round(granted_s, 1) for granted_s in guides.granted_s] == [2.0, 2.7, 4.0]
+    assert [round(granted_s, 1) for granted_s in guides.granted_s] == [0.5, 0.5, 0.5]
+    route.begin_anew()
+    route._known = None
+    guides.find(route, 1.2)
+    assert guides.granted_s[0] == pytest.approx(0.3, abs=0.05)
     route._ask_at_s = 0.0  # only to look whether that holds
     guides.find(route)
     assert max(guides.granted_s) < 0.5
+
+
+def test_those_that_hang_are_asked_again_for_longer_where_nothing_is_known(guides: Guides, route: Sentinels) -> None:
+    guides.says = {S1: Silent("hangs"), S2: AWAY, S3: Silent("hangs")}
+    guides.takes_s = lambda granted_s: granted_s
+    with pytest.raises(StoreNotFound, match="hangs"):
+        guides.find(route)
+    assert guides.asked[:7] == [S1, S2, S3, S1, S3, S1, S3]
+    assert guides.granted_s[:5] == pytest.approx([0.5, 0.5, 0.5, 1.0, 1.0], abs=0.05)
+    assert guides.later_s < 7  # of 8, of which the server is to have its share
+    guides.says[S3] = (OLD, 1)
+    route.doubt()
+    guides.find(route)
+    guides.says[S3] = Silent("hangs")
+    route.doubt()
+    assert (guides.find(route), len(guides.asked)) == (OLD, 3)  # where one is known, each is asked once
+
+
+def test_one_that_hangs_is_asked_after_the_others_for_a_while(guides: Guides, route: Sentinels) -> None:
+    guides.says = {S1: Silent("hangs"), S2: (OLD, 1), S3: (OLD, 1)}
+    assert (guides.find(route), guides.asked) == (OLD, [S1, S2])
+    for asked in (S3, S2, S3, S2):
+        route.ask_again()
+        assert (guides.find(route), guides.asked) == (OLD, [asked])
+    guides.later_s += 31
+    asked_since = []
+    for _ in range(3):
+        route.ask_again()
+        assert guides.find(route) == OLD
+        asked_since += guides.asked
+    assert S1 in asked_since
+
+
+class Herd:
+    """Threads that all want to know at once, while the guides are let answer only when all are there."""
+
+    SIZE = 40
+
+    def __init__(self, guides: Guides, route: Guided) -> None:
+        self._guides = guides
+        self._route = route
+        self._entered = threading.Semaphore(0)
+        self._go = threading.Event()
+
+    def ask(self, guide: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:
+        assert self._go.wait(10)
+        return self._guides.ask(guide, questions, deadline_s)
+
+    def find(self, word: Word) -> list[Host | StoreError]:
+        self._guides.asked = []
+        with ThreadPoolExecutor(self.SIZE) as pool:
+            found = [pool.submit(self._one, word) for _ in range(self.SIZE)]
+            for _ in range(self.SIZE):
+                assert self._entered.acquire(timeout=10)
+            self._go.set()
+            return [each.result(10) for each in found]
+
+    def _one(self, word: Word) -> Host | StoreError:
+        self._entered.release()
+        try:
+            return self._route.find(self.ask, self._guides.clock() + 60, word)
+        except StoreError as exc:
+            return exc
+
+
+@pytest.mark.parametrize("word", Word)
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_herd_asks_one_question(guides: Guides, route: Sentinels, word: Word, is_known: bool) -> None:
+    guides.says = dict.fromkeys((S1, S2, S3), (OLD, 1))
+    if is_known:
+        guides.find(route)
+        route.doubt()
+    assert Herd(guides, route).find(word) == [OLD] * Herd.SIZE
+    assert len(guides.asked) == 1
+
+
+def test_a_herd_that_nobody_answers_asks_few_times_and_each_has_an_error_of_its_own(
+    guides: Guides, route: Sentinels
+) -> None:
+    guides.says = dict.fromkeys((S1, S2, S3), AWAY)
+    found = Herd(guides, route).find(Word.KNOWN)
+    assert all(isinstance(each, StoreNotFound) and "away" in str(each) for each in found)
+    assert len(set(map(id, found))) == Herd.SIZE
+    assert len(guides.asked) < 3 * Herd.SIZE / 2
+
+
+def test_who_has_little_time_left_does_not_fail_those_that_have_more(guides: Guides, route: Sentinels) -> None:
+    """The first of them asks for all, and its questions end by its own deadline."""
+    guides.says = dict.fromkeys((S1, S2, S3), (OLD, 1))
+    is_asked, go = threading.Event(), threading.Event()
+
+    def ask(guide: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:
+        if deadline_s - guides.clock() < 0.4:
+            is_asked.set()
+            assert go.wait(10)
+            raise Silent("no time")
+        return guides.ask(guide, questions, deadline_s)
+
+    with ThreadPoolExecutor(2) as pool:
+        hasty = pool.submit(route.find, ask, guides.clock() + 0.1)
+        assert is_asked.wait(10)
+        patient = pool.submit(route.find, ask, guides.clock() + 60)
+        with pytest.raises(TimeoutError):
+            patient.result(0.05)
+        go.set()
+        assert patient.result(10) == OLD
+        with pytest.raises(StoreNotFound):
+            hasty.result(10)
+
+
+def test_what_was_asked_before_the_server_failed_does_not_answer_who_doubts_it(
+    guides: Guides, route: Sentinels
+) -> None:
+    guides.says = dict.fromkeys((S1, S2, S3), (OLD, 1))
+    guides.find(route)
+    route.ask_again()
+
+    def ask(guide: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:
+        answer = guides.ask(guide, questions, deadline_s)
+        guides.says = dict.fromkeys((S1, S2, S3), (NEW, 2))
+        route.doubt()  # of another thread, in the meantime
+        return answer
+
+    assert route.find(ask, guides.clock() + 8) == OLD
+    assert guides.find(route) == NEW
+
+
+def test_a_write_needs_a_word_of_the_last_second(guides: Guides, route: Sentinels) -> None:
+    guides.says = dict.fromkeys((S1, S2, S3), (OLD, 1))
+    guides.find(route)
+    guides.says = dict.fromkeys((S1, S2, S3), (NEW, 2))
+    guides.later_s += 0.9 * WORD_S
+    for word in Word:
+        assert (guides.find(route, word=word), guides.asked) == (OLD, [])
+    guides.later_s += 0.2 * WORD_S
+    assert (guides.find(route), guides.asked) == (OLD, [])
+    assert (guides.find(route, word=Word.REQUIRED), len(guides.asked)) == (NEW, 1)
+    guides.later_s += 1.1 * WORD_S
+    assert (guides.find(route, word=Word.RECENT), len(guides.asked)) == (NEW, 1)
+
+
+def test_without_a_word_nothing_is_written_and_what_is_read_is_as_good_as_what_is_known(
+    guides: Guides, route: Sentinels
+) -> None:
+    guides.says = dict.fromkeys((S1, S2, S3), (OLD, 1))
+    guides.find(route)
+    guides.says = dict.fromkeys((S1, S2, S3), AWAY)
+    guides.later_s += 1.1 * WORD_S
+    for _ in range(2):
+        with pytest.raises(StoreNotFound, match=r"'m' is: away; nothing is written .* replaced\. Start them, or"):
+            guides.find(route, word=Word.REQUIRED)
+    assert guides.find(route, word=Word.RECENT) == OLD
+    guides.says = {S1: (OLD, 0), S2: AWAY, S3: AWAY}
+    with pytest.raises(StoreNotFound, match="those that answer are behind"):
+        guides.find(route, word=Word.REQUIRED)
+    guides.says = dict.fromkeys((S1, S2, S3), NotPermitted("a right", lacking="+sentinel"))
+    with pytest.raises(NotPermitted, match="a right") as raised:
+        guides.find(route, word=Word.REQUIRED)
+    assert raised.value.lacking == "+sentinel"
+    assert raised.value is not guides.says[S1]
+
+
+def test_guides_of_two_sets_do_not_make_it_go_back_and_forth(guides: Guides, route: Sentinels) -> None:
+    guides.says = {S1: (OLD, 0), S2: (NEW, 0), S3: (NEW, 0)}
+    for _ in range(7):
+        route.ask_again()
+        assert guides.find(route) == OLD
+    assert "the sentinel s2:2 says new:6379" in route.apart
+    assert "what is followed is old:6379" in route.apart
+    guides.says = dict.fromkeys((S1, S2, S3), (OLD, 0))
+    for _ in range(3):
+        route.ask_again()
+        guides.find(route)
+    assert not route.apart
+
+
+def test_one_that_stays_behind_is_told_after_longer_than_a_failover(guides: Guides, route: Sentinels) -> None:
+    guides.says = {S1: (OLD, 3), S2: (NEW, 4), S3: (NEW, 4)}
+    for _ in range(10):
+        guides.later_s += 2.5
+        route.ask_again()
+        guides.find(route)
+    assert not route.apart
+    for _ in range(8):
+        guides.later_s += 2.5
+        route.ask_again()
+        assert guides.find(route) == NEW
+    assert route.apart == "the sentinel s1:1 says old:6379; what is followed is new:6379"
 
 
 def test_one_that_is_behind_is_believed_no_longer_than_until_another_is_asked(guides: Guides, route: Sentinels) -> None:
@@ -289,19 +489,29 @@ def test_the_slot_is_the_one_that_redis_computes(key: str, slot: int) -> None:
     assert slot_of("{}foo") != slot_of("foo")
 
 
-def test_who_asked_longest_does_not_bring_back_a_primary_that_was_left(guides: Guides, route: Sentinels) -> None:
-    guides.says = {S1: (OLD, 1), S2: (OLD, 1), S3: (OLD, 1)}
-    guides.find(route)
+def test_nodes_of_another_cluster_are_not_believed_while_one_of_the_first_answers() -> None:
+    """Their epochs are of another count, and may be higher."""
+    other_nodes = b"ddd h4:4@14 myself,master - 0 0 99 connected 0-16383\n"
+    other = [[[0, 16383, [b"h4", 4, b"ddd", []]]], other_nodes]
+    first: Any = [[[0, 16383, B]], b"bbb h2:2@12 myself,master - 0 0 9 connected 0-16383\n"]
+    says = {("h2", 2): first, ("h4", 4): other}
 
-    def slowly(guide: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:
-        answer = guides.ask(guide, questions, deadline_s)
-        if guides.says[S1] != (NEW, 2):
-            # Meanwhile another thread asks, and one that knows of the failover.
-            guides.says = dict.fromkeys((S1, S2, S3), (NEW, 2))
-            route.ask_again()
-            assert guides.find(route) == NEW
+    def ask(guide: Host, _questions: Sequence[Question], _deadline_s: float) -> list[Any]:
+        answer = says[guide]
+        if isinstance(answer, StoreError):
+            raise answer
         return answer
 
-    route.ask_again()
-    assert route.find(slowly, guides.clock() + 8.0) == NEW
-    assert guides.find(route) == NEW
+    route = Nodes([("h2", 2), ("h4", 4)], 100)
+    route._order = [("h2", 2), ("h4", 4)]
+    for _ in range(5):
+        route.ask_again()
+        assert route.find(ask, time.monotonic() + 1) == ("h2", 2)
+    assert "the cluster's node h4:4 says h4:4" in route.apart
+    says["h2", 2] = AWAY
+    route.doubt()
+    assert route.find(ask, time.monotonic() + 1) == ("h2", 2)
+    says["h2", 2] = other  # set up anew
+    route.doubt()
+    assert route.find(ask, time.monotonic() + 1) == ("h4", 4)
+    assert not route.apart

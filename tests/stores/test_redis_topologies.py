@@ -5,6 +5,9 @@ their own: primaries that are replaced, slots that move, and who is told what.
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,9 +19,18 @@ from hypothesis import strategies as st
 from tests.stores.contract import WITHIN_S, Harness, SharedStoreContract, drain, entries, here, put
 from tests.stores.test_etcd import EtcdHarness, Servers
 from tests.stores.test_mirrored import EtcdAndRedis, MirroredContract, MirroredHarness
-from tests.support.redis_servers import ClusterSet, RedisServer, SentinelSet, cluster_set, cut_off, sentinel_set
+from tests.support.redis_servers import (
+    ClusterSet,
+    RedisServer,
+    Sentinel,
+    SentinelSet,
+    cluster_set,
+    cut_off,
+    redis_server,
+    sentinel_set,
+)
 from tests.support.waiting import wait_until
-from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
+from veltrix_mw.errors import AuthFailed, StoreError, StoreNotFound, StoreUnavailable
 from veltrix_mw.protocols import ChangeRecord, RawOperation
 from veltrix_mw.settings import parse_url
 from veltrix_mw.stores.redis import RedisStore
@@ -297,18 +309,112 @@ def test_a_replica_that_is_named_as_the_primary_is_not_taken(
         store.list(timeout_s=WITHIN_S)
 
 
-def test_who_knows_the_primary_goes_on_without_sentinels(open_store: OpenStore) -> None:
+def test_who_knows_the_primary_reads_on_without_sentinels_and_writes_nothing(
+    open_store: OpenStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[str]:
+        return [record.msg for record in caplog.records if record.msg.startswith("veltrix.guides")]
+
+    caplog.set_level("INFO", logger="veltrix_mw")
     with sentinel_set() as servers:
-        store, watch_url = open_store(servers), servers.url
+        store = open_store(servers)
         put(store, "a", b"1")
         for sentinel in servers.sentinels[:2]:
             sentinel.kill()
         assert entries(open_store(servers)) == {"a": (b"1", 1)}
+        assert put(store, "a", b"2") == 2
         servers.sentinels[2].kill()
         store._link._route.doubt()
-        assert put(store, "a", b"2") == 2
+        caplog.clear()
+        for _ in range(3):
+            assert entries(store) == {"a": (b"2", 2)}
+            assert store.read(["a"], None, timeout_s=WITHIN_S) == {"a": (b"2", 2)}
+            store._link._route.ask_again()
+        with pytest.raises(StoreNotFound, match=r"refuses connections: .*; nothing is written without .* Start them"):
+            put(store, "a", b"3")
+        assert entries(store) == {"a": (b"2", 2)}
+        assert told() == ["veltrix.guides_failed%s"]
         with pytest.raises(StoreUnavailable, match=r"none of the sentinels \(3\) says where 'mymaster' is: .* refuses"):
-            open_at(url=watch_url, namespace="shop").list(timeout_s=WITHIN_S)
+            open_store(servers).list(timeout_s=WITHIN_S)
+        caplog.clear()
+        servers.sentinels[2].start()
+        store._link._route.ask_again()
+        assert put_until_taken(store, "a", b"3") == 3
+        assert told() == ["veltrix.guides_answer%s"]
+
+
+def test_a_write_does_not_go_to_a_primary_that_was_replaced_within_the_time_that_a_word_is_believed(
+    whole_sentinels: SentinelSet, open_store: OpenStore
+) -> None:
+    """It is idle, was told where the primary is no two seconds ago, and that one takes writes as before."""
+    servers = whole_sentinels
+    stores = [open_store(servers) for _ in range(2)]
+    put(open_store(servers, wait_replicas=1), "a", b"1")
+    for store in stores:
+        assert entries(store) == {"a": (b"1", 1)}
+    old = servers.primary()
+    old.stop()
+    try:
+        new = servers.wait_replaced(old)
+    finally:
+        old.cont()
+    assert old.raw("ROLE")[0] == b"master"
+    for store in stores:
+        route: Any = store._link._route
+        route._ask_at_s, route._asked_s, route.believed_s = time.monotonic() + 60, -math.inf, time.monotonic() - 1.1
+        assert store._link._current == ("127.0.0.1", old.port)
+    revision = put(stores[0], "a", b"2")
+    assert new.run("HGET", NAMES.entries, "a") == b"%d 2" % revision
+    assert old.run("HGET", NAMES.entries, "a") == b"1 1"
+    assert stores[1].read(["a"], None, timeout_s=WITHIN_S) == {"a": (b"2", revision)}
+
+
+@pytest.mark.parametrize("kind", ["killed", "stopped"])
+def test_what_is_read_while_a_primary_is_replaced_comes_from_the_new_one(
+    whole_sentinels: SentinelSet, open_store: OpenStore, kind: str
+) -> None:
+    servers, store = whole_sentinels, open_store(whole_sentinels)
+    put(open_store(servers, wait_replicas=1), "a", b"1")
+    at = here(store)
+    old = servers.primary()
+    (old.kill if kind == "killed" else old.stop)()
+    reads: list[Callable[[], Any]] = [
+        lambda: store.read(["a"], None, timeout_s=60),
+        lambda: store.history("a", limit=1, timeout_s=60)[0].value,
+        lambda: store.list_at(1, timeout_s=60).position,
+        lambda: store.read_units(["a"], at, timeout_s=60)["a"].entries,
+    ]
+    with ThreadPoolExecutor(len(reads)) as pool:
+        found = [each.result(60) for each in [pool.submit(read) for read in reads]]
+    assert found == [{"a": (b"1", 1)}, b"1", at, (("a", b"1", 1),)]
+    assert store._link._current != ("127.0.0.1", old.port)
+
+
+def test_sentinels_of_two_sets_are_told_and_one_of_them_is_followed(
+    whole_sentinels: SentinelSet, open_store: OpenStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    servers = whole_sentinels
+    with redis_server() as other, contextlib.ExitStack() as stack:
+        stranger = Sentinel(other)
+        stack.callback(stranger.close)
+        mine, _, rest = servers.url.removeprefix("redis+sentinel://").partition(",")
+        assert rest
+        url = f"redis+sentinel://{mine},127.0.0.1:{stranger.port}/mymaster/0"
+        store = open_at(url=url, namespace="shop")
+        stack.callback(store.close)
+        route: Any = store._link._route
+        route._order = [("127.0.0.1", servers.sentinels[0].port), ("127.0.0.1", stranger.port)]
+        followed = set()
+        for _ in range(4):
+            put(store, "a", b"1")
+            followed.add(store._link._current)
+            route._apart_since_s = dict.fromkeys(route._apart_since_s, -math.inf)  # as if it lasted
+            route.ask_again()
+        assert followed == {("127.0.0.1", servers.primary().port)}
+        (told,) = [record for record in caplog.records if record.msg == "veltrix.guides_disagree%s"]
+        assert told.levelname == "ERROR"
+        assert f"127.0.0.1:{stranger.port} says 127.0.0.1:{other.port}" in told.getMessage()
+        assert "Name the sentinels of one set alone" in told.getMessage()
 
 
 def test_a_name_that_the_sentinels_do_not_know_is_said(sentinels: SentinelSet) -> None:
@@ -383,9 +489,13 @@ def test_a_slot_that_is_on_its_way_is_read_and_written_once_its_keys_are_togethe
     cluster.move_keys(SLOT, source, target, most=1)
     assert entries(store) == {"a": (b"2", revision)}  # of which one key is here and the other there
     with pytest.raises(StoreUnavailable, match="its slot is being moved, and only some of its keys have left"):
-        put(store, "a", b"3")
-    cluster.move_keys(SLOT, source, target)
-    revision = put(store, "a", b"3")
+        store.commit([RawOperation("a", b"3")], ChangeRecord(), timeout_s=0.3)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(put, store, "a", b"3")
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        cluster.move_keys(SLOT, source, target)
+        revision = waiting.result(WITHIN_S)
     assert entries(store) == {"a": (b"3", revision)}
     assert source.raw("CLUSTER", "COUNTKEYSINSLOT", SLOT) == 0
     assert [batch.position.revision for batch in drain(watch, revision)] == [2, 3]
@@ -393,6 +503,69 @@ def test_a_slot_that_is_on_its_way_is_read_and_written_once_its_keys_are_togethe
     assert put(store, "a", b"4") == 4
     assert [batch.position.revision for batch in drain(watch, 4)] == [4]
     watch.close()
+
+
+def test_a_slot_is_moved_key_by_key_under_load_without_a_failed_call_or_a_step_back(
+    whole_cluster: ClusterSet, open_store: OpenStore
+) -> None:
+    cluster, writer, reader = whole_cluster, open_store(whole_cluster), open_store(whole_cluster)
+    put(writer, "a", b"0")
+    watch = open_store(cluster).watch(here(reader), timeout_s=WITHIN_S)
+    over = threading.Event()
+
+    def write() -> list[int]:
+        taken = []
+        while not over.is_set():
+            taken.append(put(writer, "a", b"%d" % len(taken)))
+        return taken
+
+    def read() -> list[int]:
+        seen = []
+        while not over.is_set():
+            seen.append(reader.read(["a"], None, timeout_s=WITHIN_S)["a"][1])
+        return seen
+
+    with ThreadPoolExecutor(2) as pool:
+        writing, reading = pool.submit(write), pool.submit(read)
+        try:
+            source = cluster.owner(SLOT)
+            for _ in range(2):
+                target = cluster.another(source)
+                cluster.begin_moving(SLOT, source, target)
+                while source.raw("CLUSTER", "COUNTKEYSINSLOT", SLOT):
+                    cluster.move_keys(SLOT, source, target, most=1)
+                    over.wait(0.05)
+                cluster.end_moving(SLOT, source, target)
+                source = target
+        finally:
+            over.set()
+        taken, seen = writing.result(WITHIN_S), reading.result(WITHIN_S)
+    assert taken == list(range(2, len(taken) + 2))
+    assert seen == sorted(seen)
+    assert [batch.position.revision for batch in drain(watch, taken[-1])] == taken
+    watch.close()
+
+
+def test_a_cluster_that_is_down_for_a_moment_is_waited_for(whole_cluster: ClusterSet, open_store: OpenStore) -> None:
+    cluster, store = whole_cluster, open_store(whole_cluster)
+    put(store, "a", b"1")
+    owner = cluster.owner(SLOT)
+    spare = next(slot for slot in range(16_384) if slot != SLOT and cluster.owner(slot, asked=owner) is owner)
+    owner.run("CLUSTER", "DELSLOTS", spare)  # without one, it serves none
+    try:
+        with pytest.raises(StoreUnavailable, match="the cluster is down, or elects a primary"):
+            store.commit([RawOperation("a", b"2")], ChangeRecord(), timeout_s=0.3)
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(put, store, "a", b"2"), pool.submit(store.read, ["a"], None, timeout_s=WITHIN_S)]
+            with pytest.raises(TimeoutError):
+                waiting[0].result(0.1)
+            owner.run("CLUSTER", "ADDSLOTS", spare)
+            assert waiting[0].result(WITHIN_S) == 2
+            assert waiting[1].result(WITHIN_S)["a"][1] in {1, 2}
+    finally:
+        if cluster._find_owner(spare, owner) is None:
+            owner.run("CLUSTER", "ADDSLOTS", spare)
+        cluster.wait_whole()
 
 
 def test_who_may_not_ask_where_a_slot_is_going_is_told_so(whole_cluster: ClusterSet, open_store: OpenStore) -> None:

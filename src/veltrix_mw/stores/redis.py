@@ -198,7 +198,8 @@ class RedisStore:
             expected = "" if operation.expected is None else str(operation.expected)
             arguments += [operation.key, "-" if gone else "+", operation.value or b"", expected]
         ends_s = time.monotonic() + timeout_s
-        with self._link.session(timeout_s, writes=True) as connection:
+
+        def write(connection: Connection) -> int:
             if self._wait_replicas:
                 connection.execute("WAIT", 0, 1)  # whoever may not wait is told so before anything is written
             with self._link.writing(connection, timeout_s):
@@ -211,8 +212,11 @@ class RedisStore:
             self._check_said(said, rest)
             if self._wait_replicas:
                 self._await_replicas(connection, int(rest[0]), ends_s, timeout_s)
+            return int(rest[0])
+
+        revision = self._link.call(timeout_s, write, writes=True)
         self._rules.was_there = True
-        return int(rest[0])
+        return revision
 
     def _await_replicas(self, connection: Connection, revision: int, ends_s: float, timeout_s: float) -> None:
         """Raise `StoreUnavailable` unless enough replicas are known to have what was written."""
@@ -234,15 +238,18 @@ class RedisStore:
             )
 
     def read(self, keys: Sequence[str], revision: int | None, *, timeout_s: float) -> dict[str, Stored]:
-        with self._link.session(timeout_s) as connection:
+        def look_up(connection: Connection) -> dict[str, Stored]:
             meta, found = self._read_now(connection, keys)
             if revision is not None:
                 _check_exists(revision, meta)
                 self._undo(connection, found, meta, revision)
+            return found
+
+        found = self._link.call(timeout_s, look_up, newest=True)
         return {key: found[key] for key in keys if key in found}
 
     def renew_incarnation(self, known: str, *, timeout_s: float) -> str:
-        with self._link.session(timeout_s) as connection:
+        with self._link.session(timeout_s, writes=True) as connection:
             keys = self._names.entries, self._names.changes
             said, *rest = connection.run(RENEW, keys, (known, secrets.token_hex(8)))
         self._check_said(said, rest)
@@ -257,49 +264,54 @@ class RedisStore:
 
         Of what a key was before the stream begins only the last version is known, without its record.
         """
+        return self._link.call(timeout_s, lambda connection: self._versions(connection, key, limit))
+
+    def _versions(self, connection: Connection, key: str, limit: int) -> Sequence[RawVersion]:
         versions: list[RawVersion] = []
-        with self._link.session(timeout_s) as connection:
-            meta, found = self._read_now(connection, [key])
-            now, below = found.get(key), 0 if meta is None else meta.revision
-            while len(versions) < limit:
-                if now is None:
-                    entry = self._deletion_of(connection, key, below)
-                    if entry is None:
-                        break
-                    versions.append(RawVersion(key, MISSING, entry.position.revision, entry.record))
-                else:
-                    value, revision = now
-                    entry = self._entry_at(connection, revision)
-                    if entry is None or key not in entry.before:
-                        versions.append(RawVersion(key, value, revision, ChangeRecord()))
-                        break
-                    versions.append(RawVersion(key, value, revision, entry.record))
-                now, below = entry.before[key], entry.position.revision - 1
+        meta, found = self._read_now(connection, [key])
+        now, below = found.get(key), 0 if meta is None else meta.revision
+        while len(versions) < limit:
+            if now is None:
+                entry = self._deletion_of(connection, key, below)
+                if entry is None:
+                    break
+                versions.append(RawVersion(key, MISSING, entry.position.revision, entry.record))
+            else:
+                value, revision = now
+                entry = self._entry_at(connection, revision)
+                if entry is None or key not in entry.before:
+                    versions.append(RawVersion(key, value, revision, ChangeRecord()))
+                    break
+                versions.append(RawVersion(key, value, revision, entry.record))
+            now, below = entry.before[key], entry.position.revision - 1
         return versions
 
     def list_at(self, revision: int, *, timeout_s: float) -> Listing:
-        with self._link.session(timeout_s) as connection:
+        def read(connection: Connection) -> Listing:
             listed = self._reader.list_in(connection)
             _check_exists(revision, listed.meta)
             position = self._undo(connection, listed.entries, listed.meta, revision)
-        return Listing(position, listed.ascending(self._lazy))
+            return Listing(position, listed.ascending(self._lazy))
+
+        return self._link.call(timeout_s, read)
 
     def read_units(self, names: Sequence[str], position: Position, *, timeout_s: float) -> dict[str, RawUnit]:
         if not position.revision:
             return {name: RawUnit(()) for name in names}
+        return self._link.call(timeout_s, lambda connection: self._units(connection, names, position))
+
+    def _units(self, connection: Connection, names: Sequence[str], position: Position) -> dict[str, RawUnit]:
         read: dict[str, RawUnit] = {}
-        with self._link.session(timeout_s) as connection:
-            part: dict[str, Sequence[bytes]] = {}
-            for name, below in self._keys_below(connection, names, position).items():
-                if len(below) > MAX_UNIT_KEYS:
-                    read[name] = too_many_keys(name)
-                    continue
-                if sum(map(len, part.values())) + len(below) > _MAX_KEYS_AT_ONCE:
-                    read |= self._read_part(connection, part, position)
-                    part = {}
-                part[name] = below
-            read |= self._read_part(connection, part, position)
-        return read
+        part: dict[str, Sequence[bytes]] = {}
+        for name, below in self._keys_below(connection, names, position).items():
+            if len(below) > MAX_UNIT_KEYS:
+                read[name] = too_many_keys(name)
+                continue
+            if sum(map(len, part.values())) + len(below) > _MAX_KEYS_AT_ONCE:
+                read |= self._read_part(connection, part, position)
+                part = {}
+            part[name] = below
+        return read | self._read_part(connection, part, position)
 
     def close(self) -> None:
         """End the watches and close every connection. Idempotent; a later call opens anew."""

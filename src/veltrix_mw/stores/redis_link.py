@@ -11,6 +11,7 @@ read where a call needs one for the whole.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -21,20 +22,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from random import SystemRandom
+from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
 import redis
 from redis import exceptions as errors
 from redis.connection import Connection as _DriverConnection
 
-from veltrix_mw.errors import AuthFailed, StoreError, StoreUnavailable
+from veltrix_mw.errors import AuthFailed, StoreError, StoreNotFound, StoreUnavailable
+from veltrix_mw.events import Events
 from veltrix_mw.forking import STORES, around_forks
 from veltrix_mw.protocols import CertificateFault, NotLetIn, NotPermitted, Silent
 from veltrix_mw.settings import Host, plain_scheme, shown
 from veltrix_mw.stores.dialing import NameTimeout, dial
 from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
-from veltrix_mw.stores.redis_routes import Guided, Question, Route, Server
+from veltrix_mw.stores.redis_routes import Guided, Question, Route, Server, Word
 from veltrix_mw.stores.tls import Tls, Verdict, send_all, verdict_of
 from veltrix_mw.telemetry import store_call
 
@@ -49,6 +52,12 @@ _FORK_WAIT_S: Final = 1.0  # the locks are held for microseconds
 _LATE_S: Final = 0.5  # a server that answers after this may have been stopped meanwhile, and replaced
 _FATE: Final = "fate is unknown: read again before you write again"
 _MOST_REDIRECTS: Final = 5  # of one call: a slot moves once, and may be on its way meanwhile
+_MOVING_FIRST_S: Final = 0.01  # before a node is asked again whose slot is half moved: it has a handful of keys ...
+_MOVING_MOST_S: Final = 0.2  # ... and this where it takes longer
+_AGAIN_FIRST_S: Final = 0.05  # before a call is made again during a failover, doubled each time, with full jitter
+_AGAIN_MOST_S: Final = 0.5
+_PATIENCE_S: Final = 1.0  # that a server is given at first where there is time to ask another, and then twice as long
+_WHOLE_S: Final = 2.0  # a call that has no more than this is given all of it at once
 _WAITING: Final = frozenset({"XREAD", "PIPELINE BLPOP"})  # they wait for what happens: how long says nothing
 _READ_BYTES: Final = 256 * 1024  # a listing is megabytes: the driver's own 64 KiB would be four times the calls
 
@@ -59,6 +68,15 @@ _CODE: Final = re.compile(
 )
 _REFUSED_COMMAND: Final = re.compile(r"'([A-Za-z|-]+)' command")
 _UNKNOWN_COMMAND: Final = re.compile(r"[Uu]nknown (?:Redis )?(?:sub)?command\b[^'`A-Za-z]*['`]?([A-Za-z]*)")
+
+
+_random: Final = SystemRandom()  # not the module's generator, which an application may have seeded for itself
+
+T = TypeVar("T")
+
+
+class _Undone(StoreUnavailable):
+    """The server did nothing of what it was sent: it may be sent again, a write too."""
 
 
 class _Socket:
@@ -259,11 +277,23 @@ class Connection:
         return int(reply)
 
     def _send_on(self, onward: _Onward, commands: Sequence[Command], replies: list[Any]) -> None:
-        """Replace refusals that name another node by what that answers."""
-        for _ in range(_MOST_REDIRECTS):
+        """Replace refusals that name another node by what that answers, and wait while the slot is half moved."""
+        redirects, pause_s = 0, _MOVING_FIRST_S
+        while redirects < _MOST_REDIRECTS:
+            halved = [at for at, reply in enumerate(replies) if isinstance(reply, errors.TryAgainError)]
             refused = [at for at, reply in enumerate(replies) if isinstance(reply, errors.AskError)]
+            if halved:
+                if not self._paused(pause_s):
+                    return
+                pause_s = min(2 * pause_s, _MOVING_MOST_S)
+                self._last = self._channel
+                answers = self._channel.exchange([commands[at] for at in halved])
+                for at, answer in zip(halved, answers, strict=True):
+                    replies[at] = answer
+                continue
             if not refused:
                 return
+            redirects += 1
             self.was_sent_on = True
             told = next(
                 (replies[at] for at in refused if isinstance(replies[at], errors.MovedError)), replies[refused[0]]
@@ -277,6 +307,13 @@ class Connection:
                 answers = self._ask(onward, host, again)
             for at, answer in zip(refused, answers, strict=True):
                 replies[at] = answer
+
+    def _paused(self, pause_s: float) -> bool:
+        """Wait for some time up to `pause_s`; False, and at once, where the call is over by then."""
+        if time.monotonic() + pause_s >= self._channel.sock.deadline_s:
+            return False
+        threading.Event().wait(_random.uniform(pause_s / 2, pause_s))
+        return True
 
     def _go(self, onward: _Onward, host: Host) -> None:
         """The slot has another owner: go there from here on."""
@@ -386,6 +423,7 @@ class RedisLink:
         self._parameters = parameters
         self._onward = _Onward(self._connected, self._moved) if route.follows else None
         self._guides: dict[Host, RedisLink] = {}  # to those who say where the server is
+        self._events = Events(namespace=namespace, tier="redis")
         self._begin_anew()
         with _links_lock:
             _links.add(self)
@@ -398,6 +436,7 @@ class RedisLink:
         self._opened: set[Connection] = set()
         self._epoch = 0
         self._current: Host | None = None  # where calls go
+        self._told = False, False  # whether the log says that the guides fail, and that they contradict each other
         self._route.begin_anew()
 
     @property
@@ -425,23 +464,55 @@ class RedisLink:
             guide.close()
 
     @contextlib.contextmanager
-    def session(self, timeout_s: float, *, writes: bool = False) -> Iterator[Connection]:
+    def session(
+        self, timeout_s: float, *, writes: bool = False, newest: bool = False, patience_s: float = math.inf
+    ) -> Iterator[Connection]:
         """A connection for one call, which ends by `timeout_s`; the driver's errors come out as the store's.
 
-        `writes`: the caller acknowledges what it writes there.
+        `writes`: the caller acknowledges what it writes there. `newest`: what it reads is to be what was written last.
+        `patience_s` is how long the server may take to begin an answer.
         """
         begun_s = time.monotonic()
         deadline_s = begun_s + timeout_s
-        with self.translating(timeout_s):
-            connection, epoch = self._borrow(deadline_s)
+        word = Word.REQUIRED if writes else Word.RECENT if newest else Word.KNOWN
+        with self.translating(min(timeout_s, patience_s)):
+            connection, epoch = self._borrow(deadline_s, word, patience_s)
             try:
-                connection.end_by(deadline_s)
+                connection.end_by(deadline_s, patience_s=patience_s)
                 yield connection
                 self.check_late(connection, begun_s, deadline_s, writes=writes)
                 self._has_answered = True
                 self._route.trust()
             finally:
                 self._give_back(connection, epoch)
+
+    def call(
+        self, timeout_s: float, what: Callable[[Connection], T], *, writes: bool = False, newest: bool = False
+    ) -> T:
+        """What `what` returns for a connection, by `timeout_s`; as `session`, and again while a failover is under way.
+
+        A write is made again only where the server says that it did nothing of it.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        goes_on = isinstance(self._route, Guided)
+        patience_s = _PATIENCE_S if goes_on and not writes and timeout_s > _WHOLE_S else math.inf
+        pause_s = _AGAIN_FIRST_S
+        while True:
+            own: StoreError | None = None
+            left_s = deadline_s - time.monotonic()
+            try:
+                with self.session(left_s, writes=writes, newest=newest, patience_s=patience_s) as connection:
+                    try:
+                        return what(connection)
+                    except StoreError as exc:
+                        own = exc
+                        raise
+            except StoreUnavailable as exc:
+                again = isinstance(exc, _Undone) or not (writes or exc is own or isinstance(exc, StoreNotFound))
+                if not (goes_on and again) or time.monotonic() + pause_s >= deadline_s:
+                    raise
+            threading.Event().wait(_random.uniform(0, pause_s))
+            pause_s, patience_s = min(2 * pause_s, _AGAIN_MOST_S), 2 * patience_s
 
     def open(self, deadline_s: float) -> Connection:
         """A connection of the caller's own, who shuts it with `shut`. To be called inside `translating`."""
@@ -456,12 +527,15 @@ class RedisLink:
         self._route.trust()
         return connection
 
-    def look(self, deadline_s: float) -> Host:
+    def look(self, deadline_s: float, word: Word = Word.KNOWN) -> Host:
         """The server that calls go to. Who waits for another one, as that was until now, is broken off.
 
         Asks whoever knows, by `deadline_s`, if nobody was asked for a while.
         """
-        found = self._route.find(self.ask, deadline_s)
+        try:
+            found = self._route.find(self.ask, deadline_s, word)
+        finally:
+            self._tell_of_guides()
         if found != self._current:
             with self.lock:
                 self._go_to(found)
@@ -469,6 +543,25 @@ class RedisLink:
             for connection in left:
                 connection.shut_down()
         return found
+
+    def _tell_of_guides(self) -> None:
+        """Log once that the guides fail, or do not belong together, and once that it is over."""
+        route = self._route
+        if not isinstance(route, Guided):
+            return
+        fault, apart = route.fault, route.apart
+        if not (fault or apart or any(self._told)):
+            return
+        with self.lock:
+            was, self._told = self._told, (bool(fault), bool(apart))
+        if fault and not was[0]:
+            self._events.tell("veltrix.guides_failed", logging.WARNING, once=True, reason=fault)
+        elif was[0] and not fault:
+            self._events.tell_end("veltrix.guides_answer")
+        if apart and not was[1]:
+            self._events.tell("veltrix.guides_disagree", logging.ERROR, once=True, reason=f"{apart}. {route.one_set}")
+        elif was[1] and not apart:
+            self._events.tell_end("veltrix.guides_agree")
 
     def check_late(self, connection: Connection, due_s: float, deadline_s: float, *, writes: bool = False) -> None:
         """Raise where an answer came long after it was due, and the server was replaced meanwhile.
@@ -623,16 +716,16 @@ class RedisLink:
         if self._pid != os.getpid():
             self.abandon()  # a server that forks in C runs no hook
 
-    def _borrow(self, deadline_s: float) -> tuple[Connection, int]:
+    def _borrow(self, deadline_s: float, word: Word, patience_s: float) -> tuple[Connection, int]:
         self._own()
         with self.lock:
             epoch = self._epoch
-        server = self.look(deadline_s)
+        server = self.look(deadline_s, word)
         while True:
             with self.lock:
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
-                return self._opened_to(server, deadline_s), epoch
+                return self._opened_to(server, min(deadline_s, time.monotonic() + patience_s)), epoch
             if connection.host == server and connection.is_usable():
                 return connection, epoch
             self.shut(connection)
@@ -798,9 +891,7 @@ class RedisLink:
                 "TRYAGAIN": "its slot is being moved, and only some of its keys have left",
                 "CLUSTERDOWN": "the cluster is down, or elects a primary",
             }
-            return StoreUnavailable(
-                f"{url} does not serve this now: {why.get(code, 'its slot moves on and on')}; try again"
-            )
+            return _Undone(f"{url} does not serve this now: {why.get(code, 'its slot moves on and on')}; try again")
         if "cluster support disabled" in text:
             return StoreError(f"{url} is no node of a Redis Cluster: write redis://")
         if "No such master with that name" in text:
