@@ -56,7 +56,6 @@ def servers() -> Iterator[Servers]:
         yield Servers(*gates)
 
 
-
 @pytest.mark.parametrize("store", ["redis", "gateway", "grpc", "mirrored"])
 def test_nothing_that_fails_tells_a_value_a_password_or_a_tenant(
     store: str, servers: Servers, caplog: pytest.LogCaptureFixture
