@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from typing import Any, Final, Self, cast
 
 from starlette.types import ASGIApp, Scope
 
@@ -19,6 +19,8 @@ from veltrix_mw.request_layers import InvalidLayerPolicy
 __all__ = ["ConfigMiddleware"]
 
 _events = Events()
+
+_INSTRUMENTED: Final = ("opentelemetry.instrumentation.asgi", "starlette.middleware.opentelemetry")
 
 
 class ConfigMiddleware(asgi.ConfigMiddleware):
@@ -87,9 +89,9 @@ class ConfigMiddleware(asgi.ConfigMiddleware):
 
 
 def _begins_spans(app: ASGIApp) -> bool:
-    """Whether it is OpenTelemetry's middleware."""
-    module = sys.modules.get("opentelemetry.instrumentation.asgi")
-    return module is not None and isinstance(app, module.OpenTelemetryMiddleware)
+    """Whether it is the middleware of OpenTelemetry's instrumentation, or Starlette's own of that kind."""
+    modules = (sys.modules.get(name) for name in _INSTRUMENTED)
+    return any(module is not None and isinstance(app, module.OpenTelemetryMiddleware) for module in modules)
 
 
 def _client(client: ConfigClient | None, url: str | None, settings: dict[str, Any]) -> ConfigClient:

@@ -6,6 +6,7 @@ Owns the ASGI side of a request's view and of the client's lifetime; knows no fr
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -119,13 +120,14 @@ class ConfigMiddleware:
             if outer is not None and _current.get(None) is outer:
                 await self._call_inside(outer, scope, receive, send)
                 return
-            if not self._plain:
-                await self._start()
+            waited_ns = 0 if self._plain else await self._start()
             try:
                 view = requested_view(self.client, self._layers, scope, self._on_invalid_layer)
                 context = current_context()
                 span = self._recording_span(context) if context else None
                 counting = None if span is None else self._views.counting(view, span)
+                if counting is not None:
+                    counting._tally.total_ns += waited_ns
                 if self._is_lazy:
                     keys = requested_keys(self.client, self._prefetch, scope, self._on_invalid_layer)
                     await (view if counting is None else counting)._aprefetch(keys)
@@ -196,13 +198,16 @@ class ConfigMiddleware:
             else:
                 state[self._attribute] = shadowed
 
-    async def _start(self) -> None:
-        client = self.client
-        if not client.begun:
+    async def _start(self) -> int:
+        """Wait for the client's start, if it has not begun; returns how long that took, in nanoseconds."""
+        client, begun_ns = self.client, time.perf_counter_ns()
+        waits = not client.begun
+        if waits:
             client._ensure_running()
             await client.await_start()
         # A client that is ready stays so, also across a fork.
         self._plain = client.ready and self._asks_nothing and not self._is_lazy
+        return time.perf_counter_ns() - begun_ns if waits else 0
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:

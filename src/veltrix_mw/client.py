@@ -541,8 +541,10 @@ class ConfigClient:
         """
         patience_s = self._patience_s()
         if patience_s > 0:
-            with self._waiters.waiting(BEGUN) as waiting, contextlib.suppress(FutureTimeout):
-                waiting.result(patience_s)
+            with self._waiters.waiting(BEGUN) as waiting:
+                if not waiting.done():
+                    with self._telemetry.awaiting(), contextlib.suppress(FutureTimeout):
+                        waiting.result(patience_s)
             self._tell_if_not_ready()
 
     async def await_start(self) -> None:
@@ -550,7 +552,9 @@ class ConfigClient:
         patience_s = self._patience_s()
         if patience_s > 0:
             with self._waiters.waiting(BEGUN) as waiting:
-                await awaited(waiting, patience_s)
+                if not waiting.done():
+                    with self._telemetry.awaiting():
+                        await awaited(waiting, patience_s)
             self._tell_if_not_ready()
 
     def _tell_if_not_ready(self) -> None:
@@ -598,7 +602,7 @@ class ConfigClient:
         self._ensure_running()
         with self._waiters.waiting(revision) as waiting:
             if not waiting.done():
-                with self._telemetry.awaiting(revision):
+                with self._views.waiting(), self._telemetry.awaiting(revision):
                     try:
                         waiting.result(timeout_s)
                     except FutureTimeout:
@@ -609,7 +613,7 @@ class ConfigClient:
         self._ensure_running()
         with self._waiters.waiting(revision) as waiting:
             if not waiting.done():
-                with self._telemetry.awaiting(revision):
+                with self._views.waiting(), self._telemetry.awaiting(revision):
                     if not await awaited(waiting, timeout_s):
                         raise self._revision_timeout(revision, timeout_s)
 
@@ -959,16 +963,18 @@ class _Stats:
     @property
     def lazy_entries(self) -> int | None:
         units = self._client._views.units
-        return None if units is None else units.held
+        return None if units is None or self._client._closed else units.held
 
     @property
     def relay_held(self) -> int | None:
-        if self._client._mirror is None:
+        if self._client._mirror is None or self._client._closed:
             return None
         holder, _ = self._client._relay_status()
         return int(holder is not None)
 
-    def observe(self) -> Observed:
+    def observe(self) -> Observed | None:
+        if self._client._closed:
+            return None
         view = self._client._views.base
         return Observed(view.age_s, view.revision, len(view._snapshot))
 

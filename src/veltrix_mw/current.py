@@ -75,8 +75,8 @@ def reset_current(token: Token[View]) -> None:
 class Pinned:
     """A view that is current for a while: a request, a task, a script.
 
-    A context manager; leaving it ends the pin and reports the request's reads to its span, once. Of a view that is
-    counted already (a pin within a pin), the outer one counts the reads too.
+    A context manager; leaving it ends the pin and reports the request's reads to its span, once. Of a pin within a pin
+    the outer one tells the reads, too: a span is told once what config cost.
     """
 
     __slots__ = ("_counted_outside", "_reported", "_span", "_tokens", "view")
@@ -105,9 +105,16 @@ class Pinned:
         Returns the view to read from now on, at the same revision.
         """
         if self._span is None and not self._counted_outside and not self._reported:
-            self._span = self.view._views.telemetry.recording_span()
-            if self._span is not None:
-                self._replace(self.view._views.counting(self.view, self._span))
+            span = self.view._views.telemetry.recording_span()
+            if span is not None:
+                counting = self.view._views.counting(self.view, span)
+                outer = _current.get(None)
+                if isinstance(outer, CountingView) and outer._tally.span is span and outer is not self.view:
+                    # Of a request that has a view already, this client's or another's: that one tells of all reads.
+                    counting._tally, self._counted_outside = outer._tally, True
+                else:
+                    self._span = span
+                self._replace(counting)
         return self.view
 
     def lay(self, layers: Sequence[str], *, on_invalid_layer: InvalidLayerPolicy = "reject") -> View:

@@ -190,13 +190,14 @@ class Follower:
         """Settle what was waited for; a burst of changes is one `veltrix.refresh` span."""
         if not isinstance(event, Received) or not event.batches:
             return self._settle(event)
-        telemetry, records = self._telemetry, [batch.record for batch in event.batches]
-        links = [record.traceparent for record in records]
+        telemetry = self._telemetry
+        links = [batch.record.traceparent for batch in event.batches]
         with telemetry.refresh("watch", self._store.info.origin, links=links) as refresh:
             decision = self._settle_in_parts(event, refresh)
-        now_s = time.time()
-        for record in records:
-            telemetry.propagated(record.time_s, now_s)
+        now_s, reached = time.time(), self.replica.snapshot.revision
+        for batch in event.batches:
+            if batch.position.revision <= reached:  # a burst may break off
+                telemetry.propagated(batch.record.time_s, now_s)
         return decision
 
     def _settle_in_parts(self, event: Received, refresh: RefreshOutcome) -> Decision:

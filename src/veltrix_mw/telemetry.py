@@ -9,6 +9,7 @@ the W3C propagator 9% and `importlib.metadata` 79%, so each waits for its first 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
@@ -17,13 +18,16 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.trace import INVALID_SPAN, get_current_span
 
-from veltrix_mw.errors import HeldBack, KeyMissing, SettingsError, VeltrixError, public_class
+from veltrix_mw.errors import HeldBack, KeyMissing, SettingsError, StoreError, VeltrixError, public_class
+from veltrix_mw.events import Events
+from veltrix_mw.faults import told as told_of
 from veltrix_mw.version import __version__
 
 if TYPE_CHECKING:
@@ -41,6 +45,7 @@ __all__ = [
     "Telemetry",
     "WriteOutcome",
     "store_call",
+    "unless_current",
 ]
 
 LEVELS: Final = ("off", "requests", "lookups")
@@ -65,6 +70,14 @@ _LEADERS: Final = otel_context.create_key("veltrix-leaders")
 _SUPPRESSED: Final = "suppress_instrumentation"
 
 _T = TypeVar("_T")
+
+_events: Final = Events(part="telemetry")
+
+_lookup_duration = attrgetter("lookup_duration")
+_fetch_duration = attrgetter("fetch_duration")
+_call_duration = attrgetter("call_duration")
+_refresh_duration = attrgetter("refresh_duration")
+_propagation_duration = attrgetter("propagation_duration")
 
 # The context without the public accessor's outer call, as every request asks for it: a tenth of what attaching a view
 # costs. The name is private, so where it is gone the public one serves.
@@ -136,8 +149,8 @@ class Stats(Protocol):
         """1 where this process sees a relay that feeds the mirror, 0 where it sees none; None without a mirror."""
         ...
 
-    def observe(self) -> Observed:
-        """Where the client stands now."""
+    def observe(self) -> Observed | None:
+        """Where the client stands now; None for one that is closed, which stands still."""
         ...
 
 
@@ -231,7 +244,7 @@ class Telemetry:
             import opentelemetry.metrics
             import opentelemetry.trace.propagation.tracecontext  # noqa: F401
 
-    # Requests
+    # Requests. What an SDK raises, or what people hang into it, is told in the log, and changes nothing else.
 
     def recording_span(self, context: otel_context.Context | None = None) -> Span | None:
         """The current span, or that of `context`, if it is recording and the level is not `off`, else None.
@@ -241,24 +254,31 @@ class Telemetry:
         """
         if self.level == "off":
             return None
-        span = get_current_span(context)
-        return None if span is INVALID_SPAN or not span.is_recording() else span
+        try:
+            span = get_current_span(context)
+            return None if span is INVALID_SPAN or not span.is_recording() else span
+        except Exception as exc:  # noqa: BLE001  # whatever an SDK does, config comes
+            _failed(exc)
+            return None
 
     def annotate_request(self, span: Span, revision: int, origin: str, stale: bool, count: int, total_s: float) -> None:
         """Set the five attributes on the request's span, if it is still recording; may be called again.
 
         `count` and `total_s` are the number of reads so far and the seconds they took together.
         """
-        if self.level != "off" and span.is_recording():
-            span.set_attributes(
-                {
-                    "veltrix.revision": revision,
-                    "veltrix.origin": origin,
-                    "veltrix.stale": stale,
-                    "veltrix.lookup.count": count,
-                    "veltrix.lookup.total": total_s,
-                }
-            )
+        try:
+            if self.level != "off" and span.is_recording():
+                span.set_attributes(
+                    {
+                        "veltrix.revision": revision,
+                        "veltrix.origin": origin,
+                        "veltrix.stale": stale,
+                        "veltrix.lookup.count": count,
+                        "veltrix.lookup.total": total_s,
+                    }
+                )
+        except Exception as exc:  # noqa: BLE001
+            _failed(exc)
 
     def record_request(self, context: otel_context.Context, origin: str, total_s: float) -> None:
         """Record `veltrix.lookup.duration`, once for each request that `recording_span` gave a span.
@@ -267,12 +287,13 @@ class Telemetry:
         body is closed late), and the exemplar is to name it all the same.
         """
         if self.level != "off":
-            self._metrics().lookup_duration.record(total_s, {"veltrix.origin": origin}, context)
+            self._record(_lookup_duration, total_s, {"veltrix.origin": origin}, context)
 
     @contextmanager
-    def lookup(self, key: str) -> Iterator[LookupOutcome]:
+    def lookup(self, key: str, context: otel_context.Context | None = None) -> Iterator[LookupOutcome]:
         """Around one read: a `veltrix.lookup` span at level `lookups`, nothing at the others.
 
+        Child of the current span, or of that of `context`; an empty `key` is of a read that names none.
         `KeyMissing` that leaves it is a miss, `HeldBack` and any other exception an error. The span does not
         become the current one, as a read calls nothing that has spans of its own; that halves its price.
         """
@@ -280,7 +301,8 @@ class Telemetry:
         if self.level != "lookups":
             yield outcome
             return
-        span = self._spans().start_span("veltrix.lookup", attributes={"veltrix.key": _shown(key)})
+        named = {"veltrix.key": _shown(key)} if key else None
+        span = self._start_span("veltrix.lookup", attributes=named, context=context)
         try:
             yield outcome
         except Exception as exc:
@@ -288,46 +310,60 @@ class Telemetry:
                 outcome.result = "miss"
             else:
                 outcome.result = "error"
-                _tell_error(span, exc)
+                self._tell_error(span, exc)
             raise
         finally:
-            span.set_attribute("veltrix.result", outcome.result)
-            span.end()
+            _set(span, {"veltrix.result": outcome.result})
+            _end(span)
 
     @contextmanager
-    def fetch(self, outcome: FetchOutcome, attributes: Mapping[str, str | int]) -> Iterator[None]:
+    def fetch(
+        self,
+        outcome: FetchOutcome,
+        attributes: Mapping[str, str | int],
+        context: otel_context.Context | None = None,
+    ) -> Iterator[None]:
         """Around a wait for lazy units: a `veltrix.fetch` span, child of the current one, and a record of its duration.
 
-        The span links to those of the fetches that it waits for. It is in `outcome`, and does not become the current
-        one: a task that waits may be closed in another context.
+        Or child of that of `context`. The span links to those of the fetches that it waits for. It is in `outcome`, and
+        does not become the current one: a task that waits may be closed in another context. One that was cancelled
+        has that as its result, and no record.
         """
         if self.level == "off":
             yield
             return
         # Those known now are given now: samplers see no later ones.
         links = [trace.Link(leader.get_span_context()) for leader in outcome.leaders]
-        outcome.span = span = self._spans().start_span("veltrix.fetch", attributes=attributes, links=links)
+        outcome.span = span = self._start_span("veltrix.fetch", attributes=attributes, links=links, context=context)
         started_s = time.perf_counter()
+        is_cancelled = True
         try:
             yield
+            is_cancelled = False
         except Exception as exc:
             outcome.error, outcome.result = exc, "error"
+            is_cancelled = False
             raise
         finally:
             if outcome.error is not None:
-                _tell_error(span, outcome.error)
-            told: dict[str, str] = {"veltrix.result": outcome.result}
+                self._tell_error(span, outcome.error)
+            told: dict[str, str] = {"veltrix.result": "cancelled" if is_cancelled else outcome.result}
             if outcome.origin is not None:
                 told["veltrix.origin"] = outcome.origin
-            span.set_attributes(told)
-            took_s = time.perf_counter() - started_s
-            self._metrics().fetch_duration.record(took_s, told, trace.set_span_in_context(span))
-            span.end()
+            _set(span, told)
+            if not is_cancelled:
+                took_s = time.perf_counter() - started_s
+                self._record(_fetch_duration, took_s, told, trace.set_span_in_context(span, context))
+            _end(span)
 
     @contextmanager
-    def awaiting(self, revision: int) -> Iterator[None]:
-        """Around a wait until this process serves a revision: a `veltrix.fetch` span, and a record of its duration."""
-        with self.fetch(FetchOutcome("hit"), {"veltrix.revision": revision}):
+    def awaiting(self, revision: int | None = None) -> Iterator[None]:
+        """Around a wait until this process serves a revision: a `veltrix.fetch` span, and a record of its duration.
+
+        None stands for the first list after a start.
+        """
+        what: dict[str, str | int] = {"veltrix.start": True} if revision is None else {"veltrix.revision": revision}
+        with self.fetch(FetchOutcome("hit"), what):
             yield
 
     # Stores
@@ -346,9 +382,10 @@ class Telemetry:
 
     @contextmanager
     def leading(self, leaders: Sequence[FetchOutcome]) -> Iterator[None]:
-        """Around a call to a store on behalf of several fetches: child of the first, linked to the others."""
+        """Around a call to a store on behalf of several fetches: child of one that records, linked to the others."""
         context = self._context()
         known = list(dict.fromkeys(each.span for each in leaders if each.span.get_span_context().is_valid))
+        known.sort(key=lambda span: not span.is_recording())
         if known:
             links = [trace.Link(span.get_span_context()) for span in known[1 : MAX_LINKS + 1]]
             context = otel_context.set_value(_LEADERS, links, trace.set_span_in_context(known[0], context))
@@ -377,7 +414,7 @@ class Telemetry:
         if get_current_span().is_recording():
             # Without a span that waits for it, a call is what following consists of: some a second, for ever.
             links = otel_context.get_value(_LEADERS)
-            span = self._spans().start_span(
+            span = self._start_span(
                 f"{operation} {namespace}",
                 kind=trace.SpanKind.CLIENT,
                 attributes=common if size < 2 else {**common, "db.operation.batch.size": size},
@@ -389,13 +426,13 @@ class Telemetry:
         try:
             yield
         except Exception as exc:
-            _tell_error(span, exc)
+            self._tell_error(span, exc)
             error["error.type"] = public_class(exc).__name__
             raise
         finally:
             took_s = time.perf_counter() - started_s
-            self._metrics().call_duration.record(took_s, {**common, **error}, context)
-            span.end()
+            self._record(_call_duration, took_s, {**common, **error}, context)
+            _end(span)
 
     # Following
 
@@ -418,8 +455,8 @@ class Telemetry:
                 yield outcome
             finally:
                 told = {"veltrix.revision": outcome.revision, "veltrix.changes": outcome.changes}
-                _set_known(span, {**told, "veltrix.origin": outcome.origin})
-            self._metrics().refresh_duration.record(time.perf_counter() - started_s)
+                _set(span, {**told, "veltrix.origin": outcome.origin})
+            self._record(_refresh_duration, time.perf_counter() - started_s)
 
     def propagated(self, written_at_s: float, now_s: float) -> None:
         """Record how long a change took from its write to its application here.
@@ -428,7 +465,7 @@ class Telemetry:
         change whose time is not known (0) is left out.
         """
         if self.level != "off" and written_at_s > 0:
-            self._metrics().propagation_duration.record(max(0.0, now_s - written_at_s))
+            self._record(_propagation_duration, max(0.0, now_s - written_at_s))
 
     # Writing
 
@@ -443,7 +480,7 @@ class Telemetry:
             try:
                 yield outcome
             finally:
-                _set_known(span, {"veltrix.revision": outcome.revision})
+                _set(span, {"veltrix.revision": outcome.revision})
 
     def traceparent(self) -> str:
         """The W3C `traceparent` of the current span; empty at level `off` or without a valid span."""
@@ -462,7 +499,10 @@ class Telemetry:
         follower's thread, before anything else: then nothing here blocks an event loop later.
         """
         if self.level != "off":
-            self._metrics().observe(stats)
+            try:
+                self._metrics().observe(stats)
+            except Exception as exc:  # noqa: BLE001
+                _failed(exc)
 
     # Behind it
 
@@ -478,16 +518,58 @@ class Telemetry:
 
         The API's own `start_as_current_span` would keep the surrounding context around a new root.
         """
-        span = self._spans().start_span(name, context=context, attributes=attributes, links=links)
+        span = self._start_span(name, context=context, attributes=attributes, links=links)
         token = otel_context.attach(trace.set_span_in_context(span, context))
         try:
             yield span
         except Exception as exc:
-            _tell_error(span, exc)
+            self._tell_error(span, exc)
             raise
         finally:
             otel_context.detach(token)
-            span.end()
+            _end(span)
+
+    def _start_span(self, name: str, **how: Any) -> Span:
+        """A new span; one that is invalid, and takes everything, where the SDK or what is in it fails."""
+        try:
+            return self._spans().start_span(name, **how)
+        except Exception as exc:  # noqa: BLE001  # samplers and processors are other people's
+            _failed(exc)
+            return INVALID_SPAN
+
+    def _record(
+        self,
+        histogram: Callable[[_Instruments], Histogram],
+        value: float,
+        attributes: Mapping[str, str | int] | None = None,
+        context: otel_context.Context | None = None,
+    ) -> None:
+        try:
+            histogram(self._instruments or self._metrics()).record(value, attributes, context)
+        except Exception as exc:  # noqa: BLE001
+            _failed(exc)
+
+    def _tell_error(self, span: Span, exc: Exception) -> None:
+        """Set status ERROR and `error.type`, and record the exception without anything that may hold a value.
+
+        Not by `record_exception`: the traceback it keeps shows source lines (`put("key", "...")`) and the driver's
+        errors below ours. Of other people's exceptions only the type is told; so it is of those of ours that name keys,
+        below level `lookups`: a key may have a tenant in it. Those of stores name servers.
+        """
+        is_told = isinstance(exc, StoreError) or (isinstance(exc, VeltrixError) and self.level == "lookups")
+        try:
+            if not span.is_recording():
+                return
+            kind = public_class(exc)
+            message = str(exc) if is_told else None
+            event = {"exception.type": f"{kind.__module__}.{kind.__qualname__}"}
+            if message is not None:
+                event["exception.message"] = message
+            span.add_event("exception", event)
+            span.set_attribute("error.type", kind.__name__)
+            span.set_status(trace.StatusCode.ERROR, message)
+        except Exception as failure:  # noqa: BLE001
+            _failed(failure)
 
     def _spans(self) -> Tracer:
         # Two threads may make one each: tracers of one scope are interchangeable.
@@ -565,6 +647,13 @@ class _Instruments:
         """Add `stats`, unless it is there; it leaves when it is collected."""
         self._stats[weakref.ref(stats, self._forget)] = None
 
+    def take(self, other: _Instruments) -> None:
+        """Observe what the other does, too."""
+        for reference in list(other._stats):
+            stats = reference()
+            if stats is not None:
+                self.observe(stats)
+
     def _forget(self, reference: weakref.ref[Stats]) -> None:
         self._stats.pop(reference, None)
 
@@ -613,7 +702,7 @@ class _Instruments:
         """One observation a namespace: of its client of the highest age, as that is the one to worry about."""
         oldest: dict[str, Observed] = {}
         for namespace, now in self._read(lambda stats: stats.observe()):
-            if namespace not in oldest or now.age_s > oldest[namespace].age_s:
+            if now is not None and (namespace not in oldest or now.age_s > oldest[namespace].age_s):
                 oldest[namespace] = now
         return _observations({namespace: reading(now) for namespace, now in oldest.items()})
 
@@ -663,7 +752,10 @@ def _instruments_of(provider: MeterProvider | None) -> _Instruments:
         is_global = provider is None or provider is current
         if provider is None:
             provider = current
-        made = (_made_global if is_global else None) or _made.get(provider)
+        made = _made.get(provider) or (_made_global if is_global else None)
+        if made is not None and is_global and _made_global is not None and made is not _made_global:
+            # The proxy's instruments moved to a provider that had some: of two that are alike the SDK asks the first.
+            made.take(_made_global)
         if made is None:
             made = _Instruments(metrics.get_meter(_SCOPE, __version__, provider, schema_url=_SCHEMA_URL))
             _made[provider] = made
@@ -699,31 +791,36 @@ def store_call(system: str, operation: str, namespace: str, host: tuple[str, int
 
 def _shown(key: str) -> str:
     """The key as a span may carry it: bounded, and ASCII, as half a surrogate pair fails a whole export."""
-    return str(key)[:_MAX_SHOWN_KEY].encode("ascii", "backslashreplace").decode("ascii")
+    try:
+        text = str(key)
+    except Exception:  # noqa: BLE001  # whatever was asked for
+        text = type(key).__qualname__
+    return text[:_MAX_SHOWN_KEY].encode("ascii", "backslashreplace").decode("ascii")
 
 
-def _set_known(span: Span, attributes: Mapping[str, int | str | None]) -> None:
-    for name, value in attributes.items():
-        if value is not None:
-            span.set_attribute(name, value)
+def _set(span: Span, attributes: Mapping[str, int | str | None]) -> None:
+    """Set what is known."""
+    try:
+        span.set_attributes({name: value for name, value in attributes.items() if value is not None})
+    except Exception as exc:  # noqa: BLE001
+        _failed(exc)
 
 
-def _tell_error(span: Span, exc: Exception) -> None:
-    """Set status ERROR and `error.type`, and record the exception without anything that may hold a value.
+def _end(span: Span) -> None:
+    try:
+        span.end()
+    except Exception as exc:  # noqa: BLE001  # of a processor
+        _failed(exc)
 
-    Not by `record_exception`: the traceback it keeps shows source lines (`put("key", "...")`) and the driver's
-    errors below ours. Of other people's exceptions only the type is told.
-    """
-    if not span.is_recording():
-        return
-    kind = public_class(exc)
-    message = str(exc) if isinstance(exc, VeltrixError) else None
-    event = {"exception.type": f"{kind.__module__}.{kind.__qualname__}"}
-    if message is not None:
-        event["exception.message"] = message
-    span.add_event("exception", event)
-    span.set_attribute("error.type", kind.__name__)
-    span.set_status(trace.StatusCode.ERROR, message)
+
+def unless_current(context: otel_context.Context) -> otel_context.Context | None:
+    """`context`, unless a span is current: then None, which stands for the current context."""
+    return None if get_current_span().get_span_context().is_valid else context
+
+
+def _failed(exc: Exception) -> None:
+    """OpenTelemetry failed; config goes on without what it was to be told."""
+    _events.tell("veltrix.telemetry_failed", logging.ERROR, error=told_of(exc))
 
 
 def _links(traceparents: Sequence[str]) -> list[Link]:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from veltrix_mw.coalesce.batcher import Batcher, Elsewhere
 from veltrix_mw.coalesce.flight import Flight
@@ -33,6 +33,9 @@ from veltrix_mw.replica import HISTORY_KEYS, Notice, Publication
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import FetchOutcome, Telemetry
 from veltrix_mw.unit_portions import Portions, may_fit_halved, sizes_of
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
 
 __all__ = ["FETCH_TIMEOUT_S", "Rate", "UnitReader"]
 
@@ -239,12 +242,21 @@ class UnitReader:
         self._filled_at_s = self._clock()
         self._batcher.wake(names)
 
-    def load(self, names: Sequence[str], pinned: Snapshot, timeout_s: float | None = None) -> _Loaded:
-        """Each of the units as a view of that snapshot reads it, or why it cannot be had."""
+    def load(
+        self,
+        names: Sequence[str],
+        pinned: Snapshot,
+        timeout_s: float | None = None,
+        context: Context | None = None,
+    ) -> _Loaded:
+        """Each of the units as a view of that snapshot reads it, or why it cannot be had.
+
+        `context` is OpenTelemetry's, if the wait does not belong to the current one.
+        """
         loaded, missing = self._held(names, pinned)
         if missing:
             until_s, outcome = self._until(timeout_s), self._outcome(missing)
-            with self._telemetry.fetch(outcome, self._attributes(missing)):
+            with self._telemetry.fetch(outcome, self._attributes(missing), context):
                 loading = self._loading(missing, pinned, until_s, outcome)
                 try:
                     flight = next(loading)
@@ -254,12 +266,18 @@ class UnitReader:
                     loaded.update(done.value)
         return loaded
 
-    async def aload(self, names: Sequence[str], pinned: Snapshot, timeout_s: float | None = None) -> _Loaded:
+    async def aload(
+        self,
+        names: Sequence[str],
+        pinned: Snapshot,
+        timeout_s: float | None = None,
+        context: Context | None = None,
+    ) -> _Loaded:
         """`load` without blocking the event loop: asyncio's or trio's."""
         loaded, missing = self._held(names, pinned)
         if missing:
             until_s, outcome = self._until(timeout_s), self._outcome(missing)
-            with self._telemetry.fetch(outcome, self._attributes(missing)):
+            with self._telemetry.fetch(outcome, self._attributes(missing), context):
                 loading = self._loading(missing, pinned, until_s, outcome)
                 try:
                     flight = next(loading)

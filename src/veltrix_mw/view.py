@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from veltrix_mw.deriving import MOST_DERIVED, Derived
@@ -19,6 +20,7 @@ from veltrix_mw.memo import Memo
 from veltrix_mw.pinning import pinned_view
 from veltrix_mw.section import Section
 from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.telemetry import LookupOutcome, unless_current
 from veltrix_mw.values import MISSING, FrozenDict
 from veltrix_mw.words import ago
 
@@ -510,11 +512,11 @@ class View(Mapping[str, Any]):
     def _load(self, wanted: list[str], timeout_s: float | None) -> None:
         """Load units. Raises the first error, once all have come or failed."""
         if wanted and (reader := self._reader()) is not None:
-            self._take_units(reader.load(wanted, self._snapshot, timeout_s))
+            self._take_units(reader.load(wanted, self._snapshot, timeout_s, self._trace()))
 
     async def _aload(self, wanted: list[str], timeout_s: float | None) -> None:
         if wanted and (reader := self._reader()) is not None:
-            self._take_units(await reader.aload(wanted, self._snapshot, timeout_s))
+            self._take_units(await reader.aload(wanted, self._snapshot, timeout_s, self._trace()))
 
     def _prefetch(self, keys: Iterable[str]) -> None:
         """Load the units of the layers and of `keys`, at once; what cannot be loaded is told where it is read.
@@ -523,18 +525,22 @@ class View(Mapping[str, Any]):
         """
         wanted, reader = self._wanted_by_request(keys), self._reader()
         if wanted and reader is not None:
-            self._keep_all(reader.load(wanted, self._snapshot))
+            self._keep_all(reader.load(wanted, self._snapshot, context=self._trace()))
 
     async def _aprefetch(self, keys: Iterable[str]) -> None:
         """`_prefetch` without blocking the event loop."""
         wanted, reader = self._wanted_by_request(keys), self._reader()
         if wanted and reader is not None:
-            self._keep_all(await reader.aload(wanted, self._snapshot))
+            self._keep_all(await reader.aload(wanted, self._snapshot, context=self._trace()))
 
     def _wanted_by_request(self, keys: Iterable[str]) -> list[str]:
         layers = (unit_of(layer, self._views.lazy) for layer in self._layers)
         wanted = [unit for unit in layers if unit and not isinstance(self._units.get(unit), Snapshot)]
         return list(dict.fromkeys((*wanted, *self._wanted(keys))))
+
+    def _trace(self) -> Context | None:
+        """OpenTelemetry's context that its waits belong to; None for the current one."""
+        return None
 
     def _reader(self) -> UnitReader | None:
         # Nothing was listed yet: reading raises `NotReady`, or finds a default.
@@ -903,6 +909,10 @@ class CountingView(View):
         finally:
             self._waited(begun)
 
+    def _trace(self) -> Context | None:
+        # A body may be streamed, and a thread may read, where no span is current any more.
+        return unless_current(self._tally.context)
+
     def _waited(self, begun_ns: int) -> None:
         self._tally.total_ns += time.perf_counter_ns() - begun_ns
 
@@ -915,17 +925,17 @@ class CountingView(View):
 class LookupView(CountingView):
     """A counting view that also opens a span for each read: level `lookups`.
 
-    The span of a section names its prefix, that of an iteration names nothing.
+    The span of a section names its prefix, that of a derived value what makes it, that of an iteration names nothing.
     """
 
     __slots__ = ()
 
     def __getitem__(self, key: str) -> Any:
-        with self._views.telemetry.lookup(key):
+        with self._lookup(key):
             return super().__getitem__(key)
 
     def get(self, key: str, /, default: Any = None) -> Any:
-        with self._views.telemetry.lookup(key) as outcome:
+        with self._lookup(key) as outcome:
             value = super().get(key, MISSING)
             if value is MISSING:
                 outcome.result = "miss"
@@ -935,16 +945,23 @@ class LookupView(CountingView):
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str):
             return False
-        with self._views.telemetry.lookup(key) as outcome:
+        with self._lookup(key) as outcome:
             found = super().__contains__(key)
             if not found:
                 outcome.result = "miss"
             return found
 
     def _section(self, prefix: str) -> Section:
-        with self._views.telemetry.lookup(prefix):
+        with self._lookup(prefix):
             return super()._section(prefix)
 
     def _all_keys(self) -> tuple[str, ...]:
-        with self._views.telemetry.lookup(""):
+        with self._lookup(""):
             return super()._all_keys()
+
+    def _derive(self, name: Any, fn: Callable[[View], Any], model: Any) -> Derived:
+        with self._lookup(getattr(fn, "__qualname__", type(fn).__qualname__)):
+            return super()._derive(name, fn, model)
+
+    def _lookup(self, key: str) -> AbstractContextManager[LookupOutcome]:
+        return self._views.telemetry.lookup(key, self._trace())

@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from veltrix_mw.coalesce.inline_flight import InlineFlight
@@ -16,6 +17,7 @@ from veltrix_mw.deriving import DerivedCache
 from veltrix_mw.errors import InvalidKey
 from veltrix_mw.keys import check_key, check_layer, check_prefix
 from veltrix_mw.overrides import process_overrides, tell_of_overrides
+from veltrix_mw.pinning import pinned_view
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import Telemetry, current_context
 from veltrix_mw.values import FrozenDict, freeze
@@ -146,6 +148,16 @@ class Views:
             else:
                 layered.move_to_end(layers)
             return view
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a wait of a request's own: it is part of what config cost that, if that is counted."""
+        view, begun_ns = pinned_view.get(None), time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            if isinstance(view, CountingView) and view._views is self:
+                view._waited(begun_ns)
 
     def counting(self, view: View, span: Span) -> CountingView:
         """`view` as a request reads it whose span, the current one, records."""

@@ -5,6 +5,7 @@ Owns the WSGI side of a request's view; knows no framework.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
@@ -102,13 +103,14 @@ class ConfigMiddleware:
         # A view that is not the current one was left by a request that this environ was sent for before.
         if outer is not None and _current.get(None) is outer:
             return self._call_inside(outer, environ, start_response)
-        if not self._plain:
-            self._start()
+        waited_ns = 0 if self._plain else self._start()
         try:
             view = requested_view(self.client, self._layers, environ, self._on_invalid_layer)
             span = self._recording_span()
             counting = None if span is None else self._views.counting(view, span)
             view = view if counting is None else counting
+            if counting is not None:
+                counting._tally.total_ns += waited_ns
             if self._is_lazy:
                 view._prefetch(requested_keys(self.client, self._prefetch, environ, self._on_invalid_layer))
         except InvalidKey:
@@ -170,13 +172,16 @@ class ConfigMiddleware:
             pinned.leave()
         return carried_body(body, environ, view, end)
 
-    def _start(self) -> None:
-        client = self.client
-        if not client.begun:
+    def _start(self) -> int:
+        """Wait for the client's start, if it has not begun; returns how long that took, in nanoseconds."""
+        client, begun_ns = self.client, time.perf_counter_ns()
+        waits = not client.begun
+        if waits:
             client._ensure_running()
             client.wait_start()
         # A client that is ready stays so, also across a fork.
         self._plain = client.ready and self._asks_nothing and not self._is_lazy
+        return time.perf_counter_ns() - begun_ns if waits else 0
 
 
 def _nothing() -> None:

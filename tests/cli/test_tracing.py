@@ -77,6 +77,14 @@ def test_lazy_units_and_layers_are_fetched_in_the_first_request_alone(shell: She
     assert names(shown["next_request"]) == [("GET /", ["veltrix.lookup", "veltrix.lookup"])]
 
 
+def test_where_there_is_nothing_to_read_by_itself_it_asks_for_keys(shell: Shell, put: Put) -> None:
+    put("tenants/acme/limit", 2)
+    done = shell.run("trace", "--lazy", "tenants/")
+    assert (done.code, done.out) == (2, "")
+    assert "name keys" in done.err
+    assert shell.run("trace", "--lazy", "tenants/", "tenants/acme/limit").code == 0
+
+
 def test_no_value_is_in_it(shell: Shell, put: Put) -> None:
     put("k", "planted-value")
     assert "planted-value" not in shell.ok("trace", "k") + shell.ok("trace", "k", "--json")

@@ -54,6 +54,8 @@ def trace(session: Session, keys: Sequence[str], layers: Sequence[str]) -> None:
             client.start()
             client.wait_ready(_START_WITHIN_S)
             asked = keys or tuple(islice(client.snapshot, _READ_BY_ITSELF))
+            if not asked:
+                raise SettingsError("there is nothing to read: name keys, as `veltrix trace tenants/acme/limit`")
             app = _app(client, asked, layers)
             requests = [_request(provider, app) for _ in range(2)]
         everything = trace_tree.told(spans())

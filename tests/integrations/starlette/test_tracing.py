@@ -20,6 +20,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.opentelemetry import OpenTelemetryMiddleware as StarlettesOwn
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -80,6 +82,26 @@ def test_starlettes_span_keeps_its_route_and_tells_what_config_cost(
     assert told["veltrix.origin"] == "memory"
     assert told["veltrix.stale"] is False
     assert 2 in told.values(), "two reads were counted"
+
+
+@pytest.mark.parametrize("whose", ["Starlette's own", "the instrumentation's"])
+@pytest.mark.parametrize("outermost", ["ours", "theirs"])
+def test_whoever_stands_further_out_the_servers_span_tells_what_config_cost(
+    client: ConfigClient, exporter: InMemorySpanExporter, tracing: TracerProvider, whose: str, outermost: str
+) -> None:
+    theirs: Any
+    if whose == "Starlette's own":
+        theirs = Middleware(StarlettesOwn, tracer_provider=tracing)
+    else:
+        theirs = Middleware(OpenTelemetryMiddleware, tracer_provider=tracing)
+    both = [Middleware(ConfigMiddleware, client=client), theirs]
+    app = Starlette(
+        routes=[Route("/items/{item}", items)], middleware=both if outermost == "ours" else [*reversed(both)]
+    )
+    assert TestClient(app).get("/items/3").text == "41 None"
+    told = reported(server_span(exporter))
+    assert told["veltrix.revision"] == client.snapshot.revision
+    assert told["veltrix.lookup.count"] == 2
 
 
 def _route_without_us(exporter: InMemorySpanExporter, tracing: TracerProvider, metering: MeterProvider) -> Any:
