@@ -53,6 +53,7 @@ ENDS: Final[Mapping[str, tuple[str, ...]]] = {
     "veltrix.guides_agree": ("veltrix.guides_disagree",),
     "veltrix.guides_answer": ("veltrix.guides_failed",),
     "veltrix.last_known_good_saved": ("veltrix.last_known_good_unsaved",),
+    "veltrix.member_belongs": ("veltrix.member_foreign",),
     "veltrix.ready": ("veltrix.not_ready",),
     "veltrix.relay_elected": ("veltrix.relay_deposed", "veltrix.relay_resigned"),
     "veltrix.relay_started": ("veltrix.relay_not_started",),
@@ -66,6 +67,8 @@ ENDS: Final[Mapping[str, tuple[str, ...]]] = {
 
 _APART_BY: Final[Mapping[str, str]] = {
     "veltrix.accepted": "key",
+    "veltrix.member_belongs": "host",
+    "veltrix.member_foreign": "host",
     "veltrix.rejected": "key",
     "veltrix.user_checked": "host",
     "veltrix.user_unused": "host",

@@ -9,6 +9,7 @@ Every call is made to a member that has a leader (`hasleader`): one that is cut 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -22,13 +23,16 @@ from veltrix_mw.errors import AuthFailed, Compacted, InvalidValue, Overloaded, S
 from veltrix_mw.events import Events
 from veltrix_mw.protocols import CertificateFault, Leaderless, NotLetIn, NotPermitted, Silent, TooMuch
 from veltrix_mw.settings import Host, shown
+from veltrix_mw.stores.etcd_clusters import Clusters
 from veltrix_mw.stores.etcd_messages import (
     AUTHENTICATE,
+    STATUS,
     Answer,
     Authenticate,
     Header,
     Message,
     Method,
+    StatusAsked,
     WatchCreate,
     Watched,
 )
@@ -53,6 +57,7 @@ __all__ = [
 ATTEMPT_S: Final = 1.0
 """A member that takes longer to begin an answer is left; each round gives it twice the time."""
 
+_ID_S: Final = 0.3  # that a member is given to say which cluster it is of
 _PREFERRED_AFTER_S: Final = 60.0  # how long after a failover the member of first choice is tried again, at least
 _PAUSE_FIRST_S: Final = 0.05  # between rounds over all members, doubled each time, with full jitter
 _PAUSE_MOST_S: Final = 0.5
@@ -120,6 +125,12 @@ class Late(Failed):
 
 class _WithoutLeader(Failed):
     kind = Leaderless
+
+
+class _Foreign(Failed):
+    """The member is of another cluster."""
+
+    kind = StoreError
 
 
 class Refused(Exception):
@@ -202,6 +213,7 @@ class _Here:
         self.failovers = 0  # times that another member served than the one before
         self._last: Host | None = None
         self.failed_at_s: dict[Host, float] = {}
+        self.clusters = Clusters(tuple(hosts))
         self.token = ""
         self.is_open = False  # etcd asks nobody who it is: it has no authentication enabled
 
@@ -377,6 +389,8 @@ class Members:
 
         def attempt(here: _Here, host: Host, begun_by_s: float) -> A:
             by_s = max(begun_by_s, deadline_s)
+            if once and here.clusters.is_doubtful(host):
+                self._meet(here, host, begun_by_s)
             begun_s = time.monotonic()
             with store_call("etcd", method.operation, self._namespace, host):
                 answer = self._transport.call(
@@ -389,6 +403,10 @@ class Members:
                     once=once,
                 )
             self._served.in_s = time.monotonic() - begun_s
+            if once:  # it is done, wherever that is
+                here.clusters.is_in_question(host, answer.header.cluster_id)
+            else:
+                self._belong(here, host, answer.header.cluster_id, begun_by_s)
             return answer
 
         return self._on_some_member(attempt, deadline_s, once=once)
@@ -400,6 +418,7 @@ class Members:
             stream = WatchStream(self._transport.watch(host, creates, token=here.token, by_s=begun_by_s), host, self)
             try:
                 stream.await_created(len(creates), begun_by_s)
+                self._belong(here, host, stream.header.cluster_id, begun_by_s)
             except EOFError as exc:
                 stream.close()
                 raise Failed(f"etcd at {shown(host)} ended the connection") from exc
@@ -408,7 +427,9 @@ class Members:
                 raise
             return stream
 
-        return self._on_some_member(attempt, deadline_s, once=False)
+        stream = self._on_some_member(attempt, deadline_s, once=False)
+        self._meet_others(self._here(), deadline_s)
+        return stream
 
     def close(self) -> None:
         """Close every connection that is not in use. Idempotent; a later call opens anew."""
@@ -456,6 +477,56 @@ class Members:
                 pause = _random.uniform(0, min(pause_s, max(0.0, give_up_s - time.monotonic())))
                 threading.Event().wait(pause)
                 pause_s, patience_s = min(2 * pause_s, _PAUSE_MOST_S), 2 * patience_s
+
+    # --- clusters
+
+    def _id_of(self, here: _Here, host: Host, by_s: float) -> str:
+        """The id of the cluster that a member is of; '' where it knows no such question. Raises `Failed`."""
+        try:
+            answer = self._transport.call(
+                host, STATUS, StatusAsked(), token=here.token, begun_by_s=by_s, by_s=by_s, once=False
+            )
+        except (Refused, StoreError):
+            return ""
+        except Failed as failed:
+            failed.may_have_run = False
+            raise
+        return answer.header.cluster_id
+
+    def _ids_of(self, here: _Here, hosts: Sequence[Host], by_s: float) -> dict[Host, str]:
+        """The ids of those that say it in time."""
+        said = {}
+        for host in hosts:
+            with contextlib.suppress(Failed):
+                said[host] = self._id_of(here, host, min(by_s, time.monotonic() + _ID_S))
+        return {host: cluster_id for host, cluster_id in said.items() if cluster_id}
+
+    def _meet(self, here: _Here, host: Host, by_s: float) -> None:
+        """Have a member say which cluster it is of, before it is told to write. Raises `Failed`."""
+        cluster_id = self._id_of(here, host, by_s)
+        if cluster_id:
+            self._belong(here, host, cluster_id, by_s)
+
+    def _meet_others(self, here: _Here, by_s: float) -> None:
+        """Have those say it that were not used yet, so that a worker that has no failover tells of it as well."""
+        for host in here.clusters.unknown:
+            with outside_forks(by_s):
+                with contextlib.suppress(Failed):
+                    self._meet(here, host, min(by_s, time.monotonic() + _ID_S))
+                self._transport.drop(host)
+
+    def _belong(self, here: _Here, host: Host, cluster_id: str, by_s: float) -> None:
+        """Raise `Failed` where a member is of another cluster than the one in use, and that was not restored."""
+        clusters = here.clusters
+        if clusters.is_in_question(host, cluster_id):
+            said = self._ids_of(here, clusters.others(host), by_s)
+            if clusters.is_foreign(host, cluster_id, said):
+                what = clusters.told(host)
+                if clusters.turned(host, is_foreign=True):
+                    _events.tell("veltrix.member_foreign", logging.ERROR, once=True, host=shown(host), reason=what)
+                raise _Foreign(what, may_have_run=False)
+        if clusters.turned(host, is_foreign=False):
+            _events.tell_end("veltrix.member_belongs", host=shown(host))
 
     def _unavailable(self, failures: dict[Host, Failed]) -> StoreError:
         reasons = list(dict.fromkeys(failed.why for failed in failures.values()))
