@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.context import Context
 from opentelemetry.trace import INVALID_SPAN
 
 from tests.stores.contract import in_a_fork
@@ -328,7 +329,7 @@ def test_a_newer_snapshot_that_was_not_confirmed_is_as_old(make: Make, clock: Cl
 def test_views_that_share_what_they_remember_forget_it_together(make: Make, clock: Clock) -> None:
     views = make(FLAGS)
     base = views.view()
-    counted = views.counting(base, INVALID_SPAN)
+    counted = views.counting(base, INVALID_SPAN, Context())
     old = Pinned(base)
     assert counted["flags/stop"] is False
     views.publish(snapshot(STORED, revision=2), None)

@@ -130,3 +130,19 @@ def test_what_a_request_waited_for_lazy_units_is_part_of_what_config_cost_it(int
     assert request.attributes is not None
     assert 1e9 * request.attributes["veltrix.lookup.total"] >= fetch.end_time - fetch.start_time  # type: ignore[operator]
     assert request.attributes["veltrix.lookup.count"] == 10
+
+
+def test_the_exemplar_names_the_request_also_when_its_body_is_closed_after_its_span(stack: ExitStack) -> None:
+    sdk = Sdk()
+    client = client_of(stack, sdk, "requests")
+
+    def app(_environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        yield current_view()["k"]
+
+    with sdk.app.start_as_current_span("GET /") as span:
+        body: Any = wsgi.ConfigMiddleware(app, client=client)({}, lambda *_: lambda _: None)
+        assert list(body) == [1]
+    body.close()
+    (point,) = sdk.metrics()["veltrix.lookup.duration"].data.data_points
+    assert [exemplar.span_id for exemplar in point.exemplars] == [span.get_span_context().span_id]

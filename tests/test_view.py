@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -523,7 +524,7 @@ def test_a_renewed_view_keeps_its_own_overrides_and_takes_the_process_s_as_they_
 @pytest.mark.parametrize("level", ["requests", "lookups"])
 def test_a_renewed_counting_view_counts_on(level: Any) -> None:
     views = views_of({"k": 1}, telemetry=Telemetry(level))
-    counting = views.counting(views.view(), INVALID_SPAN)
+    counting = views.counting(views.view(), INVALID_SPAN, Context())
     assert counting["k"] == 1
     views.publish(snapshot({"k": 2}, revision=2), None)
     renewed = counting.renew()
@@ -580,7 +581,7 @@ def test_at_level_lookups_membership_sections_and_iteration_have_a_span_too() ->
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     views = views_of({"a/k": 1}, telemetry=Telemetry("lookups", tracer_provider=provider))
-    counting = views.counting(views.view(), INVALID_SPAN)
+    counting = views.counting(views.view(), INVALID_SPAN, Context())
     assert "a/k" in counting
     assert "b" not in counting
     assert 7 not in counting

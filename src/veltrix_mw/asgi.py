@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from veltrix_mw.awaiting import in_thread
 from veltrix_mw.client import ConfigClient
@@ -30,6 +29,8 @@ from veltrix_mw.values import MISSING
 from veltrix_mw.view import View
 
 __all__ = ["VIEW_KEY", "ConfigMiddleware"]
+
+T = TypeVar("T")
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -114,7 +115,7 @@ class ConfigMiddleware:
             view = views.base
             context = current_context()
             span = self._recording_span(context) if context else None
-            counting = None if span is None else self._views.counting(view, span)
+            counting = None if span is None else self._views.counting(view, span, context)
         else:
             # A view that is not the current one was left by a request that this scope was sent for before.
             if outer is not None and _current.get(None) is outer:
@@ -125,7 +126,7 @@ class ConfigMiddleware:
                 view = requested_view(self.client, self._layers, scope, self._on_invalid_layer)
                 context = current_context()
                 span = self._recording_span(context) if context else None
-                counting = None if span is None else self._views.counting(view, span)
+                counting = None if span is None else self._views.counting(view, span, context)
                 if counting is not None:
                     counting._tally.total_ns += waited_ns
                 if self._is_lazy:
@@ -139,7 +140,7 @@ class ConfigMiddleware:
         if counting is not None:
             view = counting
             if kind == "http":
-                send = _before_the_last(send, partial(annotate, counting))
+                send = _before_the_last(send, annotate, counting)
         # In place: a copied scope would hide what inner parts add to it (`route`) from outer middleware.
         state = scope.setdefault("state", {})
         state[self._attribute] = scope[VIEW_KEY] = view
@@ -186,7 +187,7 @@ class ConfigMiddleware:
             if self._revision_header:
                 send = _with_header(send, pinned.view)
             if pinned._span is not None:
-                send = _before_the_last(send, pinned.annotate)
+                send = _before_the_last(send, Pinned.annotate, pinned)
         state[self._attribute] = scope[VIEW_KEY] = pinned.view
         try:
             with pinned:
@@ -233,14 +234,14 @@ def _with_header(send: Send, view: View) -> Send:
     return sending
 
 
-def _before_the_last(send: Send, annotate: Callable[[], None]) -> Send:
+def _before_the_last(send: Send, annotate: Callable[[T], None], request: T) -> Send:
     """Tell the span before the response's last message: OpenTelemetry's instrumentation of ASGI ends it then."""
 
-    async def sending(message: Message) -> None:
+    def sending(message: Message) -> Awaitable[None]:
         kind = message["type"]
         if (kind == "http.response.body" and not message.get("more_body", False)) or kind in _LAST:
-            annotate()
-        await send(message)
+            annotate(request)
+        return send(message)  # and no coroutine around it
 
     return sending
 

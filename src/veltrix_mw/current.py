@@ -15,6 +15,7 @@ from veltrix_mw.overrides import process_overrides
 from veltrix_mw.pinning import pinned_view
 from veltrix_mw.request_layers import InvalidLayerPolicy, checked_keys, kept_layers
 from veltrix_mw.snapshot import Snapshot
+from veltrix_mw.telemetry import current_context
 from veltrix_mw.view import CountingView, View
 from veltrix_mw.views import Views, checked_layers
 
@@ -105,9 +106,10 @@ class Pinned:
         Returns the view to read from now on, at the same revision.
         """
         if self._span is None and not self._counted_outside and not self._reported:
-            span = self.view._views.telemetry.recording_span()
+            context = current_context()
+            span = self.view._views.telemetry.recording_span(context)
             if span is not None:
-                counting = self.view._views.counting(self.view, span)
+                counting = self.view._views.counting(self.view, span, context)
                 outer = _current.get(None)
                 if isinstance(outer, CountingView) and outer._tally.span is span and outer is not self.view:
                     # Of a request that has a view already, this client's or another's: that one tells of all reads.
@@ -136,7 +138,7 @@ class Pinned:
             laid = laid._of_one(view._units)
         if isinstance(view, CountingView):
             tally = view._tally
-            laid = views.counting(laid, tally.span)
+            laid = views.counting(laid, tally.span, tally.context)
             laid._tally = tally
         self._replace(laid)
         return laid

@@ -19,11 +19,12 @@ from veltrix_mw.keys import check_key, check_layer, check_prefix
 from veltrix_mw.overrides import process_overrides, tell_of_overrides
 from veltrix_mw.pinning import pinned_view
 from veltrix_mw.snapshot import Snapshot
-from veltrix_mw.telemetry import Telemetry, current_context
+from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import FrozenDict, freeze
 from veltrix_mw.view import CountingView, LookupView, Tally, View
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
     from opentelemetry.trace import Span
 
     from veltrix_mw.freshness import FreshnessRules
@@ -159,10 +160,10 @@ class Views:
             if isinstance(view, CountingView) and view._views is self:
                 view._waited(begun_ns)
 
-    def counting(self, view: View, span: Span) -> CountingView:
-        """`view` as a request reads it whose span, the current one, records."""
+    def counting(self, view: View, span: Span, context: Context) -> CountingView:
+        """`view` as a request reads it whose span, the one of `context`, records."""
         counting = view._as(LookupView if self.telemetry.level == "lookups" else CountingView)
-        counting._tally = Tally(span, current_context())
+        counting._tally = Tally(span, context)
         return counting
 
 

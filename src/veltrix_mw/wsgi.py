@@ -106,8 +106,9 @@ class ConfigMiddleware:
         waited_ns = 0 if self._plain else self._start()
         try:
             view = requested_view(self.client, self._layers, environ, self._on_invalid_layer)
-            span = self._recording_span()
-            counting = None if span is None else self._views.counting(view, span)
+            context = current_context()
+            span = self._recording_span(context) if context else None
+            counting = None if span is None else self._views.counting(view, span, context)
             view = view if counting is None else counting
             if counting is not None:
                 counting._tally.total_ns += waited_ns
