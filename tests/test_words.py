@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from veltrix_mw.words import ago, counted, milliseconds
+from veltrix_mw.words import ago, counted, milliseconds, seconds
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0 keys"), (1, "1 key"), (2, "2 keys")])
@@ -38,3 +38,19 @@ def test_an_age_is_told_in_the_largest_unit_of_which_there_are_two(age_s: float,
 )
 def test_a_time_has_the_digits_that_say_something(took_s: float, text: str) -> None:
     assert milliseconds(took_s) == text
+
+
+@pytest.mark.parametrize(
+    ("time_s", "text"),
+    [
+        (600.0, "600 s"),
+        (9.99987, "10 s"),
+        (2.5, "2.5 s"),
+        (1.0, "1 s"),
+        (0.124873, "0.12 s"),
+        (0.0, "0.001 s"),
+        (-1.0, "0.001 s"),
+    ],
+)
+def test_what_is_left_of_a_deadline_is_told_by_two_digits_and_is_never_nothing(time_s: float, text: str) -> None:
+    assert seconds(time_s) == text

@@ -1,6 +1,6 @@
 """Words: numbers in sentences.
 
-Owns how a count, an age and a list of names read; knows nothing of what they are of.
+Owns how a count, an age, a time and a list of names read; knows nothing of what they are of.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["ago", "counted", "milliseconds", "named_there"]
+__all__ = ["ago", "counted", "milliseconds", "named_there", "seconds"]
 
 _MOST_NAMED: Final = 10
 
@@ -37,6 +37,11 @@ def named_there(names: Iterable[str]) -> str:
     shown = sorted(names)
     more = ", ..." if len(shown) > _MOST_NAMED else ""
     return f" (there: {', '.join(shown[:_MOST_NAMED])}{more})" if shown else ""
+
+
+def seconds(time_s: float) -> str:
+    """`10 s`, `2.5 s`, `0.13 s`: what was left of a deadline is told by two digits, and is never `0 s`."""
+    return f"{time_s:.0f} s" if time_s >= 10 else f"{max(time_s, 0.001):.2g} s"
 
 
 def milliseconds(took_s: float) -> str:

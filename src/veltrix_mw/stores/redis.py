@@ -48,6 +48,7 @@ from veltrix_mw.stores.redis_reading import Page, Reader, RedisWatch, Torn, entr
 from veltrix_mw.stores.redis_routes import Route, Server
 from veltrix_mw.stores.units import MAX_UNIT_KEYS, bounded, too_many_keys
 from veltrix_mw.values import MAX_VALUE_BYTES, MISSING, Missing
+from veltrix_mw.words import seconds
 
 __all__ = ["RedisStore"]
 
@@ -234,7 +235,7 @@ class RedisStore:
             ) from exc
         if found < wanted:
             raise StoreUnavailable(
-                f"{written}, and only {found} of {wanted} replicas confirmed it within {granted_s:g} s: {fate}"
+                f"{written}, and only {found} of {wanted} replicas confirmed it within {seconds(granted_s)}: {fate}"
             )
 
     def read(self, keys: Sequence[str], revision: int | None, *, timeout_s: float) -> dict[str, Stored]:

@@ -40,6 +40,7 @@ from veltrix_mw.stores.redis_layout import Names, NotOurs, Script
 from veltrix_mw.stores.redis_routes import Guided, Question, Route, Server, Word
 from veltrix_mw.stores.tls import Tls, Verdict, send_all, verdict_of
 from veltrix_mw.telemetry import store_call
+from veltrix_mw.words import seconds
 
 __all__ = ["WAIT_TIMEOUT_S", "Command", "Connection", "RedisLink"]
 
@@ -784,11 +785,11 @@ class RedisLink:
             return StoreUnavailable(f"{url} is still loading its data; try again")
         if isinstance(error, NameTimeout):
             return StoreUnavailable(
-                f"the name {self._host} of {url} was not resolved within {timeout_s:g} s; check this machine's DNS"
+                f"the name {self._host} of {url} was not resolved within {seconds(timeout_s)}; check this machine's DNS"
             )
         if isinstance(error, (errors.TimeoutError, TimeoutError)):
             return Silent(
-                f"{url} did not answer within {timeout_s:g} s; is it up, and reachable from here?{self._replacing}"
+                f"{url} did not answer within {seconds(timeout_s)}; is it up, and reachable from here?{self._replacing}"
             )
         if isinstance(error, errors.InvalidResponse):
             what = "speaks HTTP, and is" if "HTTP/1." in text else "is"

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from veltrix_mw.errors import Compacted, LeaseLost, StoreError, StoreUnavailable
@@ -27,6 +29,7 @@ from veltrix_mw.protocols import (
     Position,
     StoreInfo,
 )
+from veltrix_mw.stores.redis_ages import Ages
 from veltrix_mw.stores.redis_layout import (
     APPEND,
     ELECT,
@@ -45,7 +48,7 @@ from veltrix_mw.stores.redis_layout import (
     milliseconds,
     state_of,
 )
-from veltrix_mw.stores.redis_link import Command, RedisLink
+from veltrix_mw.stores.redis_link import Command, Connection, RedisLink
 from veltrix_mw.stores.redis_reading import Reader, RedisWatch, Torn
 from veltrix_mw.stores.redis_routes import Route, Server
 from veltrix_mw.stores.redis_units import (
@@ -149,6 +152,7 @@ class RedisMirror:
         self._names = Names(namespace)
         self._rules = _Rules(self._names, self._link.url)
         self._reader = Reader(self._link, self._names, self._rules)
+        self._ages = Ages()
         self._timeout_s = timeout_s
         self._keep_revisions = keep_revisions
         self._keep_bytes = keep_bytes
@@ -169,13 +173,20 @@ class RedisMirror:
         # TIME after the meta: the age is then never less than the true one.
         asked: list[Command] = [("HMGET", names.entries, *META_FIELDS), ("TIME",), ("GET", names.lease)]
         with self._link.session(timeout_s) as connection:
+            asked_s = time.monotonic()
             values, now, lease = connection.pipeline(asked)
-            return self._state(values, now, lease)
+            return self._aged(self._state(values, now, lease), values, connection, asked_s)
 
     def list(self, *, timeout_s: float) -> Listing:
-        listed = self._reader.list(timeout_s)
-        lazy = () if listed.meta is None else listed.meta.lazy
-        return Listing(listed.position, listed.ascending(), origin="redis", age_s=listed.age_s, lazy=lazy)
+        with self._link.session(timeout_s) as connection:
+            asked_s = time.monotonic()
+            listed = self._reader.list_in(connection)
+            meta = listed.meta
+            age_s = (
+                listed.age_s if meta is None else self._ages.age(connection.host, meta.proved_us, listed.age_s, asked_s)
+            )
+        lazy = () if meta is None else meta.lazy
+        return Listing(listed.position, listed.ascending(), origin="redis", age_s=age_s, lazy=lazy)
 
     def watch(self, position: Position, *, timeout_s: float, filled: Filled | None = None) -> RedisWatch:
         return self._reader.watch(
@@ -187,12 +198,13 @@ class RedisMirror:
         asked: list[Command] = [("HMGET", layout.entries, *META_FIELDS), ("TIME",), ("GET", layout.lease)]
         units: list[Command] = [("HGETALL", layout.unit(name)) for name in names]
         with self._link.session(timeout_s) as connection:
+            asked_s = time.monotonic()
             values, now, lease, *held = connection.pipeline([*asked, *units])
             if connection.was_sent_on:
                 # The meta may have been read after the units, which are current to where it stood before them.
                 values, now, lease = connection.pipeline(asked)
                 held = connection.pipeline(units)
-            state = self._state(values, now, lease)
+            state = self._aged(self._state(values, now, lease), values, connection, asked_s)
             meta = meta_of(values)
             found = (
                 {}
@@ -359,6 +371,15 @@ class RedisMirror:
         if meta is not None:
             self._reader.check_kind(meta)
         return state_of(meta, _microseconds(now), lease)
+
+    def _aged(
+        self, state: MirrorState, values: Sequence[bytes | None], connection: Connection, asked_s: float
+    ) -> MirrorState:
+        """The state with the age that this process goes by."""
+        meta = meta_of(values)
+        if meta is None:
+            return state
+        return replace(state, age_s=self._ages.age(connection.host, meta.proved_us, state.age_s, asked_s))
 
     def _check_said(self, said: bytes, rest: Sequence[Any] = ()) -> None:
         """Raise unless a script did what it was to do."""
