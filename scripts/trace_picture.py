@@ -174,7 +174,12 @@ def main() -> None:
     """Read the file that is named, and write the picture."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m scripts.trace_picture SPANS.jsonl > docs/_static/herd.svg")
-    spans = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    try:
+        spans = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    except (OSError, ValueError) as exc:
+        sys.exit(f"{sys.argv[1]}: {exc}: name a file that examples/slow_read.py wrote")
+    if not any(span["kind"] == "SpanKind.SERVER" for span in spans):
+        sys.exit(f"{sys.argv[1]} has no span of a request: name a file that examples/slow_read.py wrote")
     sys.stdout.write(picture(bars_of(spans)))
 
 

@@ -13,6 +13,8 @@ from hypothesis import settings
 from tests.support.ports import free_port as _free_port
 from veltrix_mw import events
 
+pytest_plugins = ["tests.support.planted"]
+
 # The same examples each time: what a run finds must not depend on its day. `--hypothesis-profile=default` explores.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")

@@ -671,7 +671,7 @@ class UnitReader:
             read.update(self._read_newest(names))  # who had them submitted has asked the rates
             brought = {name: each for name, each in read.items() if not isinstance(each, Elsewhere)}
             self._brought.update({name: each for name, each in brought.items() if name in self._awaited})
-            self._batcher.wake(name for name in names if name in brought)
+            self._batcher.wake((name for name in names if name in brought), at_once=True)
         pasts = [each for each in wanted if not isinstance(each, str)]
         read.update(self._read_pasts(pasts, self._rate, self._direct_rate))
         self.tell_rejected()

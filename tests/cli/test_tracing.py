@@ -85,6 +85,14 @@ def test_where_there_is_nothing_to_read_by_itself_it_asks_for_keys(shell: Shell,
     assert shell.run("trace", "--lazy", "tenants/", "tenants/acme/limit").code == 0
 
 
+def test_a_mirror_that_is_away_and_an_empty_namespace_are_warned_of(shell: Shell, put: Put, redis: RedisServer) -> None:
+    put("k", 1)
+    away = shell.run("trace", "--mirror", "redis://127.0.0.1:9/0", "k")
+    assert (away.code, "127.0.0.1:9" in away.err) == (0, True)
+    empty = shell.run("trace", "--url", f"{redis.url}?namespace=typo", "k")
+    assert (empty.code, "typo" in empty.err) == (0, True)
+
+
 def test_no_value_is_in_it(shell: Shell, put: Put) -> None:
     put("k", "planted-value")
     assert "planted-value" not in shell.ok("trace", "k") + shell.ok("trace", "k", "--json")

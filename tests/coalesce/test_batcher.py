@@ -456,6 +456,21 @@ def test_a_key_that_is_woken_goes_with_the_next_batch_and_no_other_does() -> Non
     assert backend.batches == [["a"], ["b"], ["a"]]
 
 
+def test_who_is_woken_at_once_waits_for_no_pause() -> None:
+    backend, clock, pauses = Backend(), Clock(), [0.0]
+    with Batcher(backend, pause_s=lambda: pauses[0], clock=clock, timeout_s=WITHIN_S) as batcher:
+        flight = _parked(batcher, backend)
+        del backend.answers["a"]
+        pauses[0] = 5.0  # and the clock stands
+        batcher.wake(["a"], at_once=True)
+        assert flight.result(WITHIN_S) == "A"
+        other = batcher.submit("b")
+        wait_until(lambda: batcher._waiting, WITHIN_S, reason="the next one waits again")
+        assert not other.landed
+        clock.now_s += 5.0
+        assert batcher.load("c") == "C"
+
+
 def test_what_is_woken_before_the_call_has_left_it_to_others_is_not_lost() -> None:
     backend = Backend(held=True)
     backend.answers["a"] = Elsewhere(1e9)

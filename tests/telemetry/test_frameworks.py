@@ -15,9 +15,10 @@ from typing import Any, Final
 import pytest
 
 from tests.support.etcd_servers import etcd
+from tests.support.planted import PASSWORD, TENANT, secret_in
 from tests.support.redis_servers import redis_server
 from tests.support.serving import ROOT
-from tests.telemetry.traced_process import HERD
+from tests.telemetry.traced_process import HERD, USER
 
 Span = dict[str, Any]
 
@@ -32,10 +33,12 @@ READS: Final = {"veltrix.revision", "veltrix.origin", "veltrix.stale", "veltrix.
 class Told:
     """What one run exported."""
 
-    def __init__(self, framework: str, store: str, namespace: str, told: dict[str, Any]) -> None:
+    def __init__(self, framework: str, store: str, namespace: str, told: dict[str, Any], text: str) -> None:
         self.framework, self.store, self.namespace = framework, store, namespace
         self.metrics: dict[str, list[tuple[dict[str, Any], Any]]] = told.pop("metrics")
         self.lost: int | None = told.pop("lost", None)
+        self.leaks: list[str] = told.pop("leaks")
+        self.text = text
         self.scenes = told
         self.origin = "redis" if store == "mirrored" else "etcd"
 
@@ -63,7 +66,9 @@ class Told:
 
 @pytest.fixture(scope="module")
 def ports() -> Iterator[tuple[int, int]]:
-    with etcd() as cluster, redis_server() as redis:
+    with etcd(options=["--bcrypt-cost=4"]) as cluster, redis_server("--requirepass", PASSWORD) as redis:
+        cluster.turn_auth_on(**{USER: PASSWORD})
+        cluster.grant(USER, "")
         yield cluster.hosts[0][1], redis.port
 
 
@@ -74,7 +79,7 @@ def told(request: pytest.FixtureRequest, ports: tuple[int, int]) -> Told:
     command = [sys.executable, "-m", "tests.telemetry.traced_process", framework, store, namespace, *map(str, ports)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return Told(framework, store, namespace, json.loads(done.stdout))
+    return Told(framework, store, namespace, json.loads(done.stdout), done.stdout + done.stderr)
 
 
 def cost(span: Span) -> dict[str, Any]:
@@ -241,3 +246,9 @@ def test_no_metric_names_a_key_a_tenant_or_a_revision(told: Told) -> None:
     for name in names:
         for attributes, _ in told.metrics[name]:
             assert attributes.keys() <= allowed
+
+
+def test_no_value_password_nor_tenant_is_told(told: Told) -> None:
+    assert TENANT in told.text, "the servers' own spans name the path, so what is looked for was asked for"
+    assert told.leaks == []
+    assert secret_in(told.text) is None

@@ -3,13 +3,15 @@
     python -m tests.telemetry.traced_process FRAMEWORK STORE NAMESPACE ETCD_PORT REDIS_PORT
 
 `STORE` is `gateway`, `grpc` or `mirrored`. Goes through the scenes in turn, and prints what each of them exported, as
-JSON. The instrumentations are for a whole process, so the tests do not go without one of their own.
+JSON, and each planted secret that it found in anything that was told. The instrumentations are for a whole process, so
+the tests do not go without one of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 import threading
 import time
@@ -21,10 +23,12 @@ from typing import Any, Final
 from opentelemetry import metrics, trace
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
+from tests.support.planted import PASSWORD, TENANT, VALUE, take, watching
 from tests.support.proxy import Proxy
 from tests.support.sdk import Sdk
 from veltrix_mw import ConfigClient, StoreUnavailable, current_view
 
+USER: Final = "shop"
 WITHIN_S: Final = 30.0
 HERD: Final = 50
 
@@ -49,19 +53,19 @@ class Begun(SpanProcessor):
 
 def hot() -> int:
     config = current_view()
-    return 200 if (config["a"], config.get("b"), "c" in config) == (1, 2, False) else 500
+    return 200 if (config["a"], config.get("b"), "c" in config) == (f"{VALUE}-a", f"{VALUE}-b", False) else 500
 
 
 def cold(tenant: str) -> int:
     try:
-        return 200 if current_view().fetch(f"tenants/{tenant}/limit") == 5 else 500
+        return 200 if current_view().fetch(f"tenants/{tenant}/limit") == f"{VALUE}-limit" else 500
     except StoreUnavailable:
         return 503
 
 
 async def acold(tenant: str) -> int:
     try:
-        return 200 if await current_view().afetch(f"tenants/{tenant}/limit") == 5 else 500
+        return 200 if await current_view().afetch(f"tenants/{tenant}/limit") == f"{VALUE}-limit" else 500
     except StoreUnavailable:
         return 503
 
@@ -217,8 +221,8 @@ class Stage:
         transport = "?transport=grpc" if store == "grpc" else ""
         self.mirror = Proxy(redis_port) if store == "mirrored" else None
         self.client = ConfigClient(
-            f"etcd://{hosts}/{namespace}{transport}",
-            mirror=f"redis://127.0.0.1:{self.mirror.port}/0" if self.mirror else None,
+            f"etcd://{USER}:{PASSWORD}@{hosts}/{namespace}{transport}",
+            mirror=f"redis://:{PASSWORD}@127.0.0.1:{self.mirror.port}/0" if self.mirror else None,
             lazy=("tenants/",),
         )
         self.told: dict[str, Any] = {}
@@ -229,25 +233,25 @@ class Stage:
 
     def seed(self) -> None:
         client = self.client
-        client.put("a", 1)
-        last = client.put("b", 2)
-        for tenant in ("acme", "herd", "moved"):
-            last = client.put(f"tenants/{tenant}/limit", 5)
+        client.put("a", f"{VALUE}-a")
+        last = client.put("b", f"{VALUE}-b")
+        for tenant in (TENANT, f"{TENANT}-herd", f"{TENANT}-moved"):
+            last = client.put(f"tenants/{tenant}/limit", f"{VALUE}-limit")
         client.wait_for(last, WITHIN_S)
         until(lambda: self.mirror is None or client.status().tiers[-1].state == "following")
-        client.wait_for(client.put("b", 2), WITHIN_S)  # what is served comes from there, too
+        client.wait_for(client.put("b", f"{VALUE}-b"), WITHIN_S)  # what is served comes from there, too
 
     def play(self) -> None:
         self.ask(["/hot"])  # the first request waits for the start
         with self.scene("hot"):
             self.statuses = self.ask(["/hot"])
         with self.scene("cold"):
-            self.statuses = self.ask(["/cold/acme"])
+            self.statuses = self.ask([f"/cold/{TENANT}"])
         with self.scene("herd"):
             self.herd()
         with self.scene("write"):
             with self.sdk.app.start_as_current_span("job"):
-                revision = self.client.put("a", 1)
+                revision = self.client.put("a", f"{VALUE}-a")
             self.client.wait_for(revision, WITHIN_S)
             until(lambda: any(span.links for span in self.sdk.spans("veltrix.refresh")))
         if self.mirror is None:
@@ -256,7 +260,7 @@ class Stage:
             with self.scene("failing"):
                 for member in self.members:
                     member.refuse()
-                self.statuses = self.ask(["/cold/other"])
+                self.statuses = self.ask([f"/cold/{TENANT}-other"])
             for member in self.members:
                 member.heal()
         self.told["metrics"] = {
@@ -278,7 +282,7 @@ class Stage:
 
         opening = threading.Thread(target=open_gates)
         opening.start()
-        self.statuses = self.ask(["/cold/herd"] * HERD)
+        self.statuses = self.ask([f"/cold/{TENANT}-herd"] * HERD)
         opening.join()
 
     def lose_member(self) -> None:
@@ -287,7 +291,7 @@ class Stage:
         [lost] = [member for member in self.members if member.port == used[1]]
         before = self.failovers()
         lost.refuse()
-        self.statuses = self.ask(["/cold/moved"])
+        self.statuses = self.ask([f"/cold/{TENANT}-moved"])
         until(lambda: self.failovers() > before)
         self.told["lost"] = lost.port
 
@@ -339,5 +343,7 @@ def plain(span: ReadableSpan) -> dict[str, Any]:
 
 if __name__ == "__main__":
     framework, store, namespace, *ports = sys.argv[1:]
-    stage = Stage(framework, store, namespace, *map(int, ports))
-    print(json.dumps(stage.told))
+    logging.getLogger("veltrix_mw").setLevel(logging.DEBUG)
+    with watching():
+        stage = Stage(framework, store, namespace, *map(int, ports))
+    print(json.dumps({**stage.told, "leaks": take()}))

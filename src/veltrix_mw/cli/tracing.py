@@ -58,7 +58,12 @@ def trace(session: Session, keys: Sequence[str], layers: Sequence[str]) -> None:
                 raise SettingsError("there is nothing to read: name keys, as `veltrix trace tenants/acme/limit`")
             app = _app(client, asked, layers)
             requests = [_request(provider, app) for _ in range(2)]
+            troubles = [f"the {tier.role} {tier.url}: {tier.error}" for tier in client.status().tiers if tier.error]
+            if not client.snapshot.incarnation:
+                troubles.append(client.unwritten())
         everything = trace_tree.told(spans())
+    for trouble in filter(None, troubles):
+        click.echo(f"warning: {json_text.plain(trouble)}", err=True)
     by_trace = {trace_id: [span for span in everything if span.trace_id == trace_id] for trace_id in requests}
     began_ns = min(span.start_ns for each in by_trace.values() for span in each)
     before = [span for span in everything if span.trace_id not in by_trace and span.end_ns <= began_ns]

@@ -96,6 +96,7 @@ class Batcher(Generic[K, V]):
         self._woken: set[K] = set()  # what of that was woken meanwhile
         self._calling_since_s: float | None = None  # when the thread's call began
         self._began_s = -math.inf  # when the last call did
+        self._is_hurried = False  # the next one comes without a pause
         self._hung = 0  # threads that another took the place of, and whose call has not returned
         self._closed = False
         anew_after_fork(self)
@@ -148,9 +149,13 @@ class Batcher(Generic[K, V]):
             thread.join(timeout_s)
         self._flights.abandon(_closed())
 
-    def wake(self, keys: Iterable[K]) -> None:
-        """Let those of `keys` that are awaited from elsewhere go with the next batch; no other is touched."""
+    def wake(self, keys: Iterable[K], *, at_once: bool = False) -> None:
+        """Let those of `keys` that are awaited from elsewhere go with the next batch; no other is touched.
+
+        `at_once`: without the pause before it, where there is one; no call will be made for them.
+        """
         with self._condition:
+            self._is_hurried = self._is_hurried or at_once
             for key in keys:
                 if (parked := self._parked.pop(key, None)) is not None:
                     self._waiting.appendleft((key, parked[0]))
@@ -218,6 +223,7 @@ class Batcher(Generic[K, V]):
                 batch = [self._waiting.popleft() for _ in range(min(self._max_items, len(self._waiting)))]
                 self._calling.update(batch)
                 self._calling_since_s = self._began_s = self._clock()
+                self._is_hurried = False
             _end(late)
             if batch:
                 self._load(batch)
@@ -235,7 +241,7 @@ class Batcher(Generic[K, V]):
     def _pauses_for_s(self) -> float:
         """How long to wait for the next call, unless more comes. Needs the lock."""
         if self._has_waiting():
-            if self._pause_s is None or len(self._waiting) >= self._max_items:
+            if self._pause_s is None or self._is_hurried or len(self._waiting) >= self._max_items:
                 return 0.0
             return self._began_s + self._pause_s() - self._clock()
         return min((until_s for _, until_s in self._parked.values()), default=math.inf) - self._clock()
