@@ -642,7 +642,7 @@ class RedisLink:
 
     def ask(self, host: Host, questions: Sequence[Question], deadline_s: float) -> list[Any]:
         """What a guide of the route's answers."""
-        route = self._route
+        route, epoch = self._route, self._epoch
         assert isinstance(route, Guided)
         guide = self._guides.get(host)
         if guide is None:
@@ -654,8 +654,12 @@ class RedisLink:
                 parameters="" if route.login is None else "sentinel_",
             )  # fmt: skip
             guide = self._guides.setdefault(host, guide)
-        with guide.session(deadline_s - time.monotonic()) as connection:
-            return connection.pipeline(questions)
+        try:
+            with guide.session(deadline_s - time.monotonic()) as connection:
+                return connection.pipeline(questions)
+        finally:
+            if self._epoch != epoch:  # this one was closed meanwhile, and nobody would close what was opened since
+                guide.close()
 
     def shut(self, connection: Connection) -> None:
         """Close a connection that was opened here."""
