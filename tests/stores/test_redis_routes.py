@@ -156,13 +156,14 @@ class Herd:
 
 @pytest.mark.parametrize("word", Word)
 @pytest.mark.parametrize("is_known", [False, True])
-def test_a_herd_asks_one_question(guides: Guides, route: Sentinels, word: Word, is_known: bool) -> None:
+def test_a_herd_asks_no_guide_twice(guides: Guides, route: Sentinels, word: Word, is_known: bool) -> None:
     guides.says = dict.fromkeys((S1, S2, S3), (OLD, 1))
     if is_known:
         guides.find(route)
         route.doubt()
     assert Herd(guides, route).find(word) == [OLD] * Herd.SIZE
-    assert len(guides.asked) == 1
+    assert len(guides.asked) == (1 if word is Word.KNOWN else 3)
+    assert len(set(guides.asked)) == len(guides.asked)
 
 
 def test_a_herd_that_nobody_answers_asks_few_times_and_each_has_an_error_of_its_own(
@@ -172,6 +173,16 @@ def test_a_herd_that_nobody_answers_asks_few_times_and_each_has_an_error_of_its_
     found = Herd(guides, route).find(Word.KNOWN)
     assert all(isinstance(each, StoreNotFound) and "away" in str(each) for each in found)
     assert len(set(map(id, found))) == Herd.SIZE
+    assert len(guides.asked) < 3 * Herd.SIZE / 2
+
+
+def test_a_herd_that_is_told_nothing_newer_asks_few_times(guides: Guides, route: Sentinels) -> None:
+    guides.says = dict.fromkeys((S1, S2, S3), (NEW, 4))
+    guides.find(route)
+    guides.says = {S1: (OLD, 3), S2: AWAY, S3: AWAY}
+    route.ask_again()
+    found = Herd(guides, route).find(Word.REQUIRED)
+    assert all(isinstance(each, StoreNotFound) and "are behind" in str(each) for each in found)
     assert len(guides.asked) < 3 * Herd.SIZE / 2
 
 
@@ -219,15 +230,53 @@ def test_what_was_asked_before_the_server_failed_does_not_answer_who_doubts_it(
 def test_a_write_needs_a_word_of_the_last_second(guides: Guides, route: Sentinels) -> None:
     guides.says = dict.fromkeys((S1, S2, S3), (OLD, 1))
     guides.find(route)
+    assert (guides.find(route, word=Word.REQUIRED), len(guides.asked)) == (OLD, 3)  # one alone does not do
     guides.says = dict.fromkeys((S1, S2, S3), (NEW, 2))
     guides.later_s += 0.9 * WORD_S
     for word in Word:
         assert (guides.find(route, word=word), guides.asked) == (OLD, [])
     guides.later_s += 0.2 * WORD_S
     assert (guides.find(route), guides.asked) == (OLD, [])
-    assert (guides.find(route, word=Word.REQUIRED), len(guides.asked)) == (NEW, 1)
+    assert (guides.find(route, word=Word.REQUIRED), len(guides.asked)) == (NEW, 3)
     guides.later_s += 1.1 * WORD_S
-    assert (guides.find(route, word=Word.RECENT), len(guides.asked)) == (NEW, 1)
+    assert (guides.find(route, word=Word.RECENT), len(guides.asked)) == (NEW, 3)
+
+
+@pytest.mark.parametrize("word", [Word.REQUIRED, Word.RECENT])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_before_a_write_all_are_heard_as_one_that_answers_may_be_behind(
+    guides: Guides, route: Sentinels, word: Word, is_known: bool
+) -> None:
+    guides.says = dict.fromkeys((S1, S2, S3), (OLD, 3))
+    if is_known:
+        guides.find(route)
+        guides.later_s += 1.1 * WORD_S
+    for newer in (S3, S2, S1):
+        route._known = route._known if is_known else None
+        route._order = [S1, S2, S3]
+        guides.says = dict.fromkeys((S1, S2, S3), (OLD, 3)) | {newer: (NEW, 4)}
+        known = route._known
+        assert guides.find(route, word=word) == NEW
+        route._known, route._ask_at_s = known, 0.0
+    guides.says = dict.fromkeys((S1, S2, S3), (OLD, 3))
+    route.ask_again()
+    assert (guides.find(route, word=word), sorted(guides.asked)) == (OLD, [S1, S2, S3])
+    assert not route.apart
+
+
+def test_one_that_hangs_holds_up_one_write_in_half_a_minute(guides: Guides, route: Sentinels) -> None:
+    guides.says = {S1: (OLD, 3), S2: Silent("hangs"), S3: (OLD, 3)}
+    guides.takes_s = lambda granted_s: granted_s
+    begun_s = guides.later_s
+    assert (guides.find(route, word=Word.REQUIRED), guides.asked) == (OLD, [S1, S2, S3])
+    assert guides.later_s - begun_s == pytest.approx(0.5, abs=0.05)
+    for _ in range(3):
+        guides.later_s += 1.1 * WORD_S
+        assert (guides.find(route, word=Word.REQUIRED), sorted(guides.asked)) == (OLD, [S1, S3])
+    guides.says[S1] = guides.says[S3] = AWAY
+    guides.says[S2] = (OLD, 3)  # where the others say nothing, it is asked all the same
+    guides.later_s += 1.1 * WORD_S
+    assert (guides.find(route, word=Word.REQUIRED), guides.asked[-1]) == (OLD, S2)
 
 
 def test_without_a_word_nothing_is_written_and_what_is_read_is_as_good_as_what_is_known(

@@ -20,6 +20,7 @@ from tests.stores.contract import WITHIN_S, Harness, SharedStoreContract, drain,
 from tests.stores.test_etcd import EtcdHarness, Servers
 from tests.stores.test_mirrored import EtcdAndRedis, MirroredContract, MirroredHarness
 from tests.support.redis_servers import (
+    PRIMARY,
     ClusterSet,
     RedisServer,
     Sentinel,
@@ -367,6 +368,35 @@ def test_a_write_does_not_go_to_a_primary_that_was_replaced_within_the_time_that
     assert new.run("HGET", NAMES.entries, "a") == b"%d 2" % revision
     assert old.run("HGET", NAMES.entries, "a") == b"1 1"
     assert stores[1].read(["a"], None, timeout_s=WITHIN_S) == {"a": (b"2", revision)}
+
+
+def test_a_write_hears_the_other_sentinels_where_one_does_not_know_that_the_primary_was_replaced(
+    open_store: OpenStore,
+) -> None:
+    """As one that is cut off from the others, or that they did not tell yet: it still sees the old one as primary."""
+    with sentinel_set() as servers, contextlib.ExitStack() as stack:
+        for server in servers.servers:  # it may neither tell the others of itself nor hear of them
+            server.run("ACL", "SETUSER", "alone", "on", ">pw", "+@all", "~*", "resetchannels")
+        old = servers.primary()
+        alone = Sentinel(old, f"sentinel auth-user {PRIMARY} alone", f"sentinel auth-pass {PRIMARY} pw")
+        stack.callback(alone.close)
+        store = open_at(url=servers.url.replace("//", f"//127.0.0.1:{alone.port},"), namespace="shop")
+        stack.callback(store.close)
+        put(open_store(servers, wait_replicas=1), "a", b"1")
+        assert entries(store) == {"a": (b"1", 1)}
+        old.stop()
+        try:
+            new = servers.wait_replaced(old)
+        finally:
+            old.cont()
+        assert alone.raw("SENTINEL", "GET-MASTER-ADDR-BY-NAME", PRIMARY)[1] == b"%d" % old.port
+        assert old.raw("ROLE")[0] == b"master"
+        route: Any = store._link._route
+        route._order.sort(key=lambda host: host != ("127.0.0.1", alone.port))
+        route._ask_at_s = 0.0
+        revision = put(store, "a", b"2")
+        assert new.run("HGET", NAMES.entries, "a") == b"%d 2" % revision
+        assert old.run("HGET", NAMES.entries, "a") == b"1 1"
 
 
 @pytest.mark.parametrize("kind", ["killed", "stopped"])

@@ -575,7 +575,7 @@ class RedisLink:
         if not isinstance(route, Guided) or asked_s - due_s <= _LATE_S:
             return
         route.ask_again()
-        self.look(min(deadline_s, asked_s + _LATE_S))
+        self.look(min(deadline_s, asked_s + _LATE_S), Word.RECENT)
         fate = f"it may be lost, and its {_FATE}"
         if connection.host != self._current:
             if writes:

@@ -4,7 +4,8 @@ Owns what sentinels and the nodes of a cluster are asked, and which of their ans
 driver: how a question is put comes with the call. What is known is replaced whole.
 
 However many threads want to know, one asks at a time, for all of them. A guide that hangs costs one short attempt, and
-is asked after the others for a while.
+is asked after the others for a while. To find the server one answer will do; before a write several are heard, as who
+answers first may be cut off from the others, and not know what they do.
 
 Each answer carries the epoch of the failover that it is of. One that is of an older epoch than what is known, from a
 sentinel or a node that was cut off or stopped, is not believed while another one may know better: a primary that was
@@ -72,10 +73,10 @@ class Word(enum.Enum):
     """What was said within the last seconds, and what is known where nobody says more."""
 
     RECENT = enum.auto()
-    """What was said within `WORD_S`, and what is known where nobody says more."""
+    """What the newest of several answers said within `WORD_S`, and what is known where nobody says more."""
 
     REQUIRED = enum.auto()
-    """What was said within `WORD_S`, and nothing else."""
+    """What the newest of several answers said within `WORD_S`, and nothing else."""
 
 
 class Server:
@@ -144,11 +145,14 @@ class Guided:
     chosen: str
     """What the server is, behind its address in a sentence."""
 
+    heard: int
+    """How many of the guides that answer are heard before a write, of which the newest answer counts."""
+
     login: Login | None
     """As whom the guides are asked; None for the user of the server."""
 
     believed_s: float
-    """When it was begun to ask, monotonic, for the last answer that was believed; since then no guide was."""
+    """When it was begun to hear several, monotonic, the last time that one of them was believed."""
 
     fault: str
     """Why no guide gave an answer, when they were asked last, and what to do; '' where one did."""
@@ -177,7 +181,7 @@ class Guided:
         self._apart_since_s: dict[Host, float] = {}  # of guides that say other than what is believed
         self._ask_at_s = 0.0
         self._wanted_s = 0.0  # a round that was begun before this does not do
-        self._asked_s = -math.inf  # when the last round was begun that is over
+        self._asked_s = -math.inf  # when the last round was begun that was to hear several, and is over
         self._is_doubted = False
         self._failing_since_s: float | None = None
         self.believed_s = -math.inf
@@ -250,17 +254,21 @@ class Guided:
             known, begun_s = self._known, self._clock()
             is_look = known is not None and not self._is_doubted and word is not Word.REQUIRED
             until_s = min(deadline_s, begun_s + _LOOK_S) if is_look else deadline_s
-            told = self._answer(led, ask, until_s, known)
-            if told is not known:
-                self.believed_s = begun_s
-            self._known, self._asked_s = told, begun_s
+            hears_several = word is not Word.KNOWN
+            told = self._answer(led, ask, until_s, known, heard=self.heard if hears_several else 1)
+            if hears_several:
+                self._asked_s = begun_s
+                if told is not known:
+                    self.believed_s = begun_s
+            self._known = told
             if begun_s >= self._wanted_s:
                 self._ask_at_s = self._clock() + _AGREED_S
                 self._is_doubted = False
             if known is None or told.server != known.server:
                 self._failing_since_s = None
             if word is Word.REQUIRED and told is known:
-                raise self._vain(led.fault or StoreUnavailable("those that answer are behind"), word)
+                led.fault = led.fault or StoreUnavailable("those that answer are behind")
+                raise self._vain(led.fault, word)
             return told.server
         finally:
             with self._lock:
@@ -278,19 +286,24 @@ class Guided:
         again.__dict__.update(vars(fault))
         return again
 
-    def _answer(self, led: _Round, ask: Ask, deadline_s: float, known: _Told | None) -> _Told:
+    def _answer(self, led: _Round, ask: Ask, deadline_s: float, known: _Told | None, *, heard: int) -> _Told:
         """What is to be believed; where nobody answers, what is known already.
 
-        Whoever was asked is last the next time: one that is behind and answers would be believed for ever. Each is
-        given a short time at first; where nothing is known those that hang are asked again, for longer.
+        That is the newest of `heard` answers, of which one is to be believed; who did not answer lately is not waited
+        for then. Whoever was asked is last the next time: one that is behind and answers would be believed for ever.
+        Each is given a short time at first; where nothing is known those that hang are asked again, for longer.
         """
         self._order = guides = self._guides(known)
         failures = dict[Host, StoreError]()
         said = dict[Host, _Told]()
+        newest: _Told | None = None
+        avoided = frozenset(self._failed_at_s)
         patience_s, begun_s = _ATTEMPT_S, self._clock()
         ends_s = deadline_s - (deadline_s - begun_s) / (len(guides) + 1)  # the rest is for the server itself
         while guides:
             for number, guide in enumerate(guides):
+                if newest is not None and (len(said) >= heard or guide in avoided):
+                    break
                 now_s = self._clock()
                 share_s = max(0.0, (deadline_s - now_s) / (len(guides) - number + 1))
                 self._put_last(guide)
@@ -306,10 +319,13 @@ class Guided:
                 failures.pop(guide, None)
                 self._failed_at_s.pop(guide, None)
                 said[guide] = told
-                if known is None or self._is_news(told, known):
-                    self.fault = ""
-                    self._compare(said, told)
-                    return told
+                is_newer = newest is None or (told.epoch > newest.epoch and told.belongs_with(newest))
+                if is_newer and (known is None or self._is_news(told, known)):
+                    newest = told
+            if newest is not None:
+                self.fault = ""
+                self._compare(said, newest)
+                return newest
             guides = [guide for guide, fault in failures.items() if isinstance(fault, Silent)]
             patience_s *= 2
             if known is not None or self._clock() >= ends_s:
@@ -410,6 +426,7 @@ class Sentinels(Guided):
 
     asks_for_role = True
     follows = False
+    heard = 16  # so all of them: there are three or five
 
     def __init__(
         self,
@@ -452,6 +469,7 @@ class Nodes(Guided):
 
     asks_for_role = False
     follows = True
+    heard = 3  # a node that takes over tells all others at once
     login = None
 
     _questions = (("CLUSTER", "SLOTS"), ("CLUSTER", "NODES"))
