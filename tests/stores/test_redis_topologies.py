@@ -177,7 +177,7 @@ def check_a_lost_answer(store: RedisStore, server: RedisServer) -> None:
     server.stop()
     try:
         with pytest.raises(StoreUnavailable, match=r"did not answer .*; the write's fate is unknown: read again"):
-            store.commit([RawOperation("a", b"2")], ChangeRecord(), timeout_s=1.0)
+            store.commit([RawOperation("a", b"2")], ChangeRecord(), timeout_s=0.3)  # or the server is replaced
     finally:
         server.cont()
     wait_until(lambda: entries(store) == {"a": (b"2", 2)}, WITHIN_S, reason="the write to be made")
