@@ -177,7 +177,7 @@ def check_a_lost_answer(store: RedisStore, server: RedisServer) -> None:
     server.stop()
     try:
         with pytest.raises(StoreUnavailable, match=r"did not answer .*; the write's fate is unknown: read again"):
-            store.commit([RawOperation("a", b"2")], ChangeRecord(), timeout_s=0.3)
+            store.commit([RawOperation("a", b"2")], ChangeRecord(), timeout_s=1.0)
     finally:
         server.cont()
     wait_until(lambda: entries(store) == {"a": (b"2", 2)}, WITHIN_S, reason="the write to be made")
@@ -349,10 +349,11 @@ def test_a_write_does_not_go_to_a_primary_that_was_replaced_within_the_time_that
 ) -> None:
     """It is idle, was told where the primary is no two seconds ago, and that one takes writes as before."""
     servers = whole_sentinels
-    stores = [open_store(servers) for _ in range(2)]
+    stores = [open_store(servers) for _ in range(4)]
     put(open_store(servers, wait_replicas=1), "a", b"1")
     for store in stores:
         assert entries(store) == {"a": (b"1", 1)}
+    at = here(stores[0])
     old = servers.primary()
     old.stop()
     try:
@@ -368,6 +369,9 @@ def test_a_write_does_not_go_to_a_primary_that_was_replaced_within_the_time_that
     assert new.run("HGET", NAMES.entries, "a") == b"%d 2" % revision
     assert old.run("HGET", NAMES.entries, "a") == b"1 1"
     assert stores[1].read(["a"], None, timeout_s=WITHIN_S) == {"a": (b"2", revision)}
+    # What proves a worker to be current comes from the new one, too.
+    assert stores[2].confirm(at, timeout_s=WITHIN_S).revision == revision
+    assert entries(stores[3]) == {"a": (b"2", revision)}
 
 
 def test_a_write_hears_the_other_sentinels_where_one_does_not_know_that_the_primary_was_replaced(
@@ -524,7 +528,7 @@ def test_a_slot_that_is_on_its_way_is_read_and_written_once_its_keys_are_togethe
     source.run("MIGRATE", "127.0.0.1", target.port, NAMES.changes, 0, 10_000)
     assert entries(store) == {"a": (b"2", revision)}  # of which one key is here and the other there
     with pytest.raises(StoreUnavailable, match="its slot is being moved, and only some of its keys have left"):
-        store.commit([RawOperation("a", b"3")], ChangeRecord(), timeout_s=0.3)
+        store.commit([RawOperation("a", b"3")], ChangeRecord(), timeout_s=1.0)
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(put, store, "a", b"3")
         label = pool.submit(
@@ -593,7 +597,7 @@ def test_a_cluster_that_is_down_for_a_moment_is_waited_for(whole_cluster: Cluste
     owner.run("CLUSTER", "DELSLOTS", spare)  # without one, it serves none
     try:
         with pytest.raises(StoreUnavailable, match="the cluster is down, or elects a primary"):
-            store.commit([RawOperation("a", b"2")], ChangeRecord(), timeout_s=0.3)
+            store.commit([RawOperation("a", b"2")], ChangeRecord(), timeout_s=1.0)
         with ThreadPoolExecutor(2) as pool:
             waiting = [pool.submit(put, store, "a", b"2"), pool.submit(store.read, ["a"], None, timeout_s=WITHIN_S)]
             with pytest.raises(TimeoutError):

@@ -164,7 +164,7 @@ class RedisStore:
     # --- followed
 
     def list(self, *, timeout_s: float) -> Listing:
-        listed = self._reader.list(timeout_s)
+        listed = self._reader.list(timeout_s, newest=True)
         entries = listed.ascending(self._lazy)
         if listed.meta is not None:
             self._rules.was_there = True
@@ -175,7 +175,8 @@ class RedisStore:
         return self._reader.watch(position, timeout_s=timeout_s, patience_s=self._timeout_s / 2, lazy=self._lazy)
 
     def confirm(self, position: Position, *, timeout_s: float) -> Confirmation:
-        with self._link.session(timeout_s) as connection:
+        # What is confirmed is to be the newest there is: not what a primary says that was replaced.
+        with self._link.session(timeout_s, newest=True) as connection:
             meta = self._reader.check(connection, position)
             if meta is None:
                 return Confirmation("", 0, 0)

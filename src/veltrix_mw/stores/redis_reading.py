@@ -226,9 +226,9 @@ class Reader:
 
     # --- listing
 
-    def list(self, timeout_s: float) -> Listed:
-        """Everything, at one revision; an authority that was never written to has no meta."""
-        with self.link.session(timeout_s) as connection:
+    def list(self, timeout_s: float, *, newest: bool = False) -> Listed:
+        """Everything, at one revision; an authority that was never written to has no meta. `newest` as the link's."""
+        with self.link.session(timeout_s, newest=newest) as connection:
             return self.list_in(connection)
 
     def list_in(self, connection: Connection) -> Listed:
