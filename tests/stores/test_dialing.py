@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import socket
+import ssl
+import struct
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -174,3 +178,36 @@ def test_what_finishes_a_connection_may_send_it_to_the_next_address(
     with pytest.raises(ValueError):  # any that is no OSError
         dial("h1", 1, soon_s(), finish=broken)
     assert seen[-1].fileno() == -1
+
+
+def test_a_handshake_with_one_who_is_gone_leaves_no_socket_open(listening: socket.socket) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+
+    def finish(raw: socket.socket) -> socket.socket:
+        peer, _ = listening.accept()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()  # by a reset
+
+        def is_gone() -> bool:
+            try:
+                raw.getpeername()
+            except OSError:
+                return True
+            return False
+
+        wait_until(is_gone, WITHIN_S, reason="the reset has arrived")
+        return context.wrap_socket(raw)
+
+    def fail() -> None:
+        with (
+            pytest.raises(OSError),
+            dial(*listening.getsockname()[:2], time.monotonic() + WITHIN_S, finish=finish) as it,
+        ):
+            it.send(b"x")  # by the interpreter's version the handshake failed, or this does
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ResourceWarning)
+        fail()
+        gc.collect()
+    assert told == []

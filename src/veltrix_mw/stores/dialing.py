@@ -99,8 +99,19 @@ def dial(
             return finish(raw)
         except OSError as exc:
             raw.close()
+            _close_left(exc)
             failure = exc
         except BaseException:
             raw.close()
             raise
     raise failure or OSError(f"{host} has no address")
+
+
+def _close_left(exc: OSError) -> None:
+    """Close what a TLS handshake left open: where the other side is gone, `ssl` raises, and forgets its socket."""
+    step = exc.__traceback__
+    while step is not None:
+        left = step.tb_frame.f_locals.get("self")
+        if isinstance(left, socket.socket):
+            left.close()
+        step = step.tb_next
