@@ -100,7 +100,8 @@ def test_native_threads_and_greenlets_wait_for_one_flight_and_one_computation() 
     script = """
     from veltrix_mw.coalesce.inline_flight import InlineFlight
 
-    for flights in (SingleFlight(timeout_s=30), InlineFlight()):
+    # Of a detached flight the leader waits, too; of an inline one it computes.
+    for flights, waiters in ((SingleFlight(timeout_s=30), 7), (InlineFlight(), 6)):
         may_end, called = gevent.event.Event(), []
 
         def call():
@@ -115,11 +116,8 @@ def test_native_threads_and_greenlets_wait_for_one_flight_and_one_computation() 
         waiting += [gevent.spawn(flights.run, "a", call) for _ in range(3)]
         flight = flights._flights["a"]
         signal = getattr(flight, "done", None) or flight._landed
-        for _ in range(200):  # whoever is late finds it under way all the same
-            if len(signal._changed._waiters) >= 6:
-                break
-            gevent.sleep(0.01)
-        gevent.sleep(0.3)  # who leads may be one of the six: the last of the others comes at any moment
+        while len(signal._changed._waiters) < waiters:
+            gevent.sleep(0.01)  # not 0: that would leave the native threads no time
         may_end.set()
         print(*[each.get() for each in (led, *waiting)], len(called))
     """
