@@ -34,6 +34,7 @@ from veltrix_mw.current import Pinned
 from veltrix_mw.fresh_views import FreshViews
 from veltrix_mw.freshness import FreshnessRules
 from veltrix_mw.snapshot import Rejection
+from veltrix_mw.view import Tally
 
 FLAGS = Freshness("flags/", max_age_s=20, on_stale="fail")
 COPY = Freshness("copy/", max_age_s=20, on_stale="serve")
@@ -329,7 +330,7 @@ def test_a_newer_snapshot_that_was_not_confirmed_is_as_old(make: Make, clock: Cl
 def test_views_that_share_what_they_remember_forget_it_together(make: Make, clock: Clock) -> None:
     views = make(FLAGS)
     base = views.view()
-    counted = views.counting(base, INVALID_SPAN, Context())
+    counted = views.counting(base, Tally(INVALID_SPAN, Context()))
     old = Pinned(base)
     assert counted["flags/stop"] is False
     views.publish(snapshot(STORED, revision=2), None)

@@ -34,6 +34,7 @@ from veltrix_mw.snapshot import Proof, Rejection, Snapshot
 from veltrix_mw.sorted_map import SortedMap
 from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import MISSING, freeze
+from veltrix_mw.view import Tally
 from veltrix_mw.views import Views
 
 
@@ -524,7 +525,7 @@ def test_a_renewed_view_keeps_its_own_overrides_and_takes_the_process_s_as_they_
 @pytest.mark.parametrize("level", ["requests", "lookups"])
 def test_a_renewed_counting_view_counts_on(level: Any) -> None:
     views = views_of({"k": 1}, telemetry=Telemetry(level))
-    counting = views.counting(views.view(), INVALID_SPAN, Context())
+    counting = views.counting(views.view(), Tally(INVALID_SPAN, Context()))
     assert counting["k"] == 1
     views.publish(snapshot({"k": 2}, revision=2), None)
     renewed = counting.renew()
@@ -581,7 +582,7 @@ def test_at_level_lookups_membership_sections_and_iteration_have_a_span_too() ->
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     views = views_of({"a/k": 1}, telemetry=Telemetry("lookups", tracer_provider=provider))
-    counting = views.counting(views.view(), INVALID_SPAN, Context())
+    counting = views.counting(views.view(), Tally(INVALID_SPAN, Context()))
     assert "a/k" in counting
     assert "b" not in counting
     assert 7 not in counting

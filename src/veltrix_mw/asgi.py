@@ -95,7 +95,6 @@ class ConfigMiddleware:
         self._revision_header = revision_header
         self._on_invalid_layer: InvalidLayerPolicy = checked_policy(on_invalid_layer)
         self._views = client._views
-        self._recording_span = client._telemetry.recording_span
         self._plain = False  # whether the client is ready and requests ask for nothing more
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,8 +113,7 @@ class ConfigMiddleware:
                 views.ensure_running()
             view = views.base
             context = current_context()
-            span = self._recording_span(context) if context else None
-            counting = None if span is None else self._views.counting(view, span, context)
+            counting = self._views.counted(view, context) if context else None
         else:
             # A view that is not the current one was left by a request that this scope was sent for before.
             if outer is not None and _current.get(None) is outer:
@@ -125,13 +123,13 @@ class ConfigMiddleware:
             try:
                 view = requested_view(self.client, self._layers, scope, self._on_invalid_layer)
                 context = current_context()
-                span = self._recording_span(context) if context else None
-                counting = None if span is None else self._views.counting(view, span, context)
+                counting = self._views.counted(view, context) if context else None
                 if counting is not None:
                     counting._tally.total_ns += waited_ns
+                    view = counting
                 if self._is_lazy:
                     keys = requested_keys(self.client, self._prefetch, scope, self._on_invalid_layer)
-                    await (view if counting is None else counting)._aprefetch(keys)
+                    await view._aprefetch(keys)
             except InvalidKey:
                 await _refuse(scope, receive, send)
                 return

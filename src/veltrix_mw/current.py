@@ -106,12 +106,10 @@ class Pinned:
         Returns the view to read from now on, at the same revision.
         """
         if self._span is None and not self._counted_outside and not self._reported:
-            context = current_context()
-            span = self.view._views.telemetry.recording_span(context)
-            if span is not None:
-                counting = self.view._views.counting(self.view, span, context)
-                outer = _current.get(None)
-                if isinstance(outer, CountingView) and outer._tally.span is span and outer is not self.view:
+            counting = self.view._views.counted(self.view, current_context())
+            if counting is not None:
+                span, outer = counting._tally.span, _current.get(None)
+                if isinstance(outer, CountingView) and outer._tally.span is span:
                     # Of a request that has a view already, this client's or another's: that one tells of all reads.
                     counting._tally, self._counted_outside = outer._tally, True
                 else:
@@ -137,9 +135,7 @@ class Pinned:
         if views.lazy:
             laid = laid._of_one(view._units)
         if isinstance(view, CountingView):
-            tally = view._tally
-            laid = views.counting(laid, tally.span, tally.context)
-            laid._tally = tally
+            laid = views.counting(laid, view._tally)
         self._replace(laid)
         return laid
 

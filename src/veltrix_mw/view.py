@@ -809,7 +809,7 @@ class _TrackingView(View):
 
 
 class Tally:
-    """How many reads a request made, and how long they and its waits for lazy units took; its views share it.
+    """How many reads a request made, and how long they and its waits took; its views share it.
 
     `span` is the request's, and `context` OpenTelemetry's as it began, with that span.
     """
@@ -825,7 +825,7 @@ class Tally:
 
 
 class CountingView(View):
-    """The view of a request whose span records: it counts and times its reads, and times its waits for lazy units.
+    """The view of a request whose span records: it counts and times its reads, and times its waits.
 
     Reads of several threads at once may be counted as one: the figures are for people.
     """

@@ -25,7 +25,6 @@ from veltrix_mw.view import CountingView, LookupView, Tally, View
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.trace import Span
 
     from veltrix_mw.freshness import FreshnessRules
     from veltrix_mw.lapses import Lapses
@@ -160,10 +159,15 @@ class Views:
             if isinstance(view, CountingView) and view._views is self:
                 view._waited(begun_ns)
 
-    def counting(self, view: View, span: Span, context: Context) -> CountingView:
-        """`view` as a request reads it whose span, the one of `context`, records."""
+    def counted(self, view: View, context: Context) -> CountingView | None:
+        """`view` as a request reads it that began in `context`; None where that has no span which records."""
+        span = self.telemetry.recording_span(context)
+        return None if span is None else self.counting(view, Tally(span, context))
+
+    def counting(self, view: View, tally: Tally) -> CountingView:
+        """`view` as a request reads it whose reads are told to `tally`."""
         counting = view._as(LookupView if self.telemetry.level == "lookups" else CountingView)
-        counting._tally = Tally(span, context)
+        counting._tally = tally
         return counting
 
 

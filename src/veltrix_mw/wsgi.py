@@ -76,7 +76,6 @@ class ConfigMiddleware:
         self._revision_header = revision_header
         self._on_invalid_layer: InvalidLayerPolicy = checked_policy(on_invalid_layer)
         self._views = client._views
-        self._recording_span = client._telemetry.recording_span
         self._plain = False  # whether the client is ready and requests ask for nothing more
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
@@ -107,11 +106,10 @@ class ConfigMiddleware:
         try:
             view = requested_view(self.client, self._layers, environ, self._on_invalid_layer)
             context = current_context()
-            span = self._recording_span(context) if context else None
-            counting = None if span is None else self._views.counting(view, span, context)
-            view = view if counting is None else counting
+            counting = self._views.counted(view, context) if context else None
             if counting is not None:
                 counting._tally.total_ns += waited_ns
+                view = counting
             if self._is_lazy:
                 view._prefetch(requested_keys(self.client, self._prefetch, environ, self._on_invalid_layer))
         except InvalidKey:

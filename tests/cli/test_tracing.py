@@ -15,7 +15,7 @@ from tests.support.etcd_servers import etcd
 from tests.support.redis_servers import RedisServer
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
-from veltrix_mw.cli.trace_tree import Told, lines, roots, shown_time
+from veltrix_mw.cli.trace_tree import FinishedSpan, lines, roots, shown_time
 
 Put = Callable[[str, Any], int]
 
@@ -24,9 +24,9 @@ PARTS = ["start", "first_request", "next_request"]
 
 def span(
     name: str, span_id: str, parent_id: str = "", *, start_us: int = 0, end_us: int = 1, links: list[str] | None = None
-) -> Told:
+) -> FinishedSpan:
     linked = [("t", other) for other in links or []]
-    return Told(name, "internal", "t", span_id, parent_id, 1000 * start_us, 1000 * end_us, {}, linked)
+    return FinishedSpan(name, "internal", "t", span_id, parent_id, 1000 * start_us, 1000 * end_us, {}, linked)
 
 
 def names(spans: list[Any]) -> list[Any]:

@@ -21,6 +21,7 @@ import click
 from veltrix_mw import ConfigClient
 from veltrix_mw.cli import output
 from veltrix_mw.cli.demo_stage import DemoFailed, Line, Stage, expect, interruptible, staged
+from veltrix_mw.cli.trace_tree import shown_time
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -217,7 +218,7 @@ def _show_trace(screen: Console, spans: Sequence[Mapping[str, Any]]) -> None:
     tree = Tree(_span_text(root))
     for name, value in root["attributes"].items():
         if name.startswith("veltrix."):
-            shown = f"{value * 1e6:.0f} µs" if name == "veltrix.lookup.total" else value
+            shown = shown_time(1e9 * value) if name == "veltrix.lookup.total" else value
             tree.add(Text.assemble((f"{name} ", "dim"), str(shown)))
     for child in children:
         text = _span_text(child)
@@ -229,9 +230,7 @@ def _show_trace(screen: Console, spans: Sequence[Mapping[str, Any]]) -> None:
 def _span_text(span: Mapping[str, Any]) -> Any:
     from rich.text import Text
 
-    duration_us = span["duration_ns"] / 1000
-    took = f"{duration_us / 1000:.2f} ms" if duration_us >= 1000 else f"{duration_us:.0f} µs"
-    return Text.assemble((str(span["name"]), "bold"), f"  {took}")
+    return Text.assemble((str(span["name"]), "bold"), f"  {shown_time(span['end_ns'] - span['start_ns'])}")
 
 
 def _title(screen: Console, number: str, text: str) -> None:

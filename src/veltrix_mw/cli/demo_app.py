@@ -9,7 +9,8 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +19,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from veltrix_mw import ConfigClient, View
 from veltrix_mw.asgi import ConfigMiddleware
+from veltrix_mw.cli.trace_tree import finished
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -101,27 +103,12 @@ def _provider(folder: Path) -> TracerProvider | None:
     class Lines(SpanExporter):
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             with (folder / f"spans-{os.getpid()}.jsonl").open("a") as file:
-                file.writelines(json.dumps(span) + "\n" for span in _plain(spans))
+                file.writelines(json.dumps(asdict(span)) + "\n" for span in finished(spans))
             return SpanExportResult.SUCCESS
 
     provider = TracerProvider(sampler=ParentBased(ALWAYS_OFF), shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(Lines()))
     return provider
-
-
-def _plain(spans: Sequence[ReadableSpan]) -> Iterator[dict[str, Any]]:
-    for span in spans:
-        if span.start_time is None or span.end_time is None or span.context is None:
-            continue
-        yield {
-            "trace_id": f"{span.context.trace_id:032x}",
-            "span_id": f"{span.context.span_id:016x}",
-            "parent_id": "" if span.parent is None else f"{span.parent.span_id:016x}",
-            "name": span.name,
-            "start_ns": span.start_time,
-            "duration_ns": span.end_time - span.start_time,
-            "attributes": dict(span.attributes or {}),
-        }
 
 
 def _traced(wrapped: App, provider: TracerProvider | None) -> App:

@@ -14,11 +14,11 @@ from veltrix_mw.words import counted
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
-__all__ = ["Line", "Told", "lines", "plain", "roots", "told"]
+__all__ = ["FinishedSpan", "Line", "finished", "lines", "plain", "roots", "shown_time"]
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class FinishedSpan:
     """A finished span. Times are nanoseconds since 1970; ids are hexadecimal, `parent_id` empty for a root."""
 
     name: str
@@ -47,10 +47,10 @@ class Line:
     details: str
 
 
-def told(spans: Iterable[ReadableSpan]) -> list[Told]:
+def finished(spans: Iterable[ReadableSpan]) -> list[FinishedSpan]:
     """Spans that have ended, in the order in which they began."""
     ended = [
-        Told(
+        FinishedSpan(
             span.name,
             span.kind.name.lower(),
             f"{span.context.trace_id:032x}",
@@ -67,13 +67,13 @@ def told(spans: Iterable[ReadableSpan]) -> list[Told]:
     return sorted(ended, key=lambda span: (span.start_ns, -span.end_ns))
 
 
-def roots(spans: Sequence[Told]) -> list[Told]:
+def roots(spans: Sequence[FinishedSpan]) -> list[FinishedSpan]:
     """Those whose parent is not among them."""
     known = {span.span_id for span in spans}
     return [span for span in spans if span.parent_id not in known]
 
 
-def plain(span: Told, spans: Sequence[Told]) -> dict[str, Any]:
+def plain(span: FinishedSpan, spans: Sequence[FinishedSpan]) -> dict[str, Any]:
     """A span and all below it as JSON has it; times are seconds."""
     return {
         "name": span.name,
@@ -90,11 +90,11 @@ def plain(span: Told, spans: Sequence[Told]) -> dict[str, Any]:
     }
 
 
-def lines(root: Told, spans: Sequence[Told]) -> Iterator[Line]:
+def lines(root: FinishedSpan, spans: Sequence[FinishedSpan]) -> Iterator[Line]:
     """The tree below `root`, and itself, a line each."""
     names = {span.span_id: span.name for span in spans}
 
-    def below(span: Told, lead: str) -> Iterator[Line]:
+    def below(span: FinishedSpan, lead: str) -> Iterator[Line]:
         children = [child for child in spans if child.parent_id == span.span_id]
         for child in children:
             is_last = child is children[-1]
@@ -114,7 +114,7 @@ def shown_time(time_ns: float) -> str:
     return f"{time_ns / 1e6:.1f} ms" if time_ns < 999_950_000 else f"{time_ns / 1e9:.2f} s"
 
 
-def _details(span: Told, names: Mapping[str, str]) -> str:
+def _details(span: FinishedSpan, names: Mapping[str, str]) -> str:
     said = [part(span.attributes[name]) for name, part in _PARTS.items() if name in span.attributes]
     said += [f"links to {names.get(span_id) or 'a span of trace ' + trace_id}" for trace_id, span_id in span.links]
     return ", ".join(filter(None, said))

@@ -61,7 +61,7 @@ def trace(session: Session, keys: Sequence[str], layers: Sequence[str]) -> None:
             troubles = [f"the {tier.role} {tier.url}: {tier.error}" for tier in client.status().tiers if tier.error]
             if not client.snapshot.incarnation:
                 troubles.append(client.unwritten())
-        everything = trace_tree.told(spans())
+        everything = trace_tree.finished(spans())
     for trouble in filter(None, troubles):
         click.echo(f"warning: {json_text.plain(trouble)}", err=True)
     by_trace = {trace_id: [span for span in everything if span.trace_id == trace_id] for trace_id in requests}
@@ -136,7 +136,7 @@ def _request(provider: TracerProvider, app: ConfigMiddleware) -> str:
     return f"{span.get_span_context().trace_id:032x}"
 
 
-def _draw(title: str, spans: Sequence[trace_tree.Told]) -> None:
+def _draw(title: str, spans: Sequence[trace_tree.FinishedSpan]) -> None:
     click.echo(click.style(title, bold=True))
     for root in trace_tree.roots(spans):
         for line in trace_tree.lines(root, spans):
