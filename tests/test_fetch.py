@@ -33,8 +33,8 @@ from veltrix_mw.errors import (
     StoreUnavailable,
 )
 from veltrix_mw.protocols import ChangeRecord, Position, RawOperation, RawUnit
+from veltrix_mw.rate import Rate
 from veltrix_mw.stores.memory import MemoryStore
-from veltrix_mw.unit_reader import Rate
 from veltrix_mw.values import MISSING
 
 LIMIT, ZONE = "tenants/acme/limit", "tenants/acme/zone"

@@ -33,6 +33,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "background",
             "keys",
             "pinning",
+            "rate",
             "values",
             "telemetry",
             "words",

@@ -22,9 +22,10 @@ from veltrix_mw.protocols import (
     RawOperation,
     RawVersion,
 )
+from veltrix_mw.rate import Rate
 from veltrix_mw.replica import Publication
 from veltrix_mw.stores.memory import MemoryStore
-from veltrix_mw.unit_reader import Rate, UnitReader
+from veltrix_mw.unit_reader import UnitReader
 from veltrix_mw.validation import Schemas
 
 WITHIN_S = 30.0

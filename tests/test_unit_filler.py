@@ -11,9 +11,9 @@ import pytest
 from tests.support.scripted_mirror import ScriptedMirror
 from veltrix_mw.errors import StoreUnavailable
 from veltrix_mw.protocols import Position, RawUnit, TooMuch
+from veltrix_mw.rate import Rate
 from veltrix_mw.stores.memory import MemoryStore
 from veltrix_mw.unit_filler import AT_ONCE, FILLS_AT_ONCE, FILLS_PER_S, FIRST, UnitFiller
-from veltrix_mw.unit_reader import Rate
 
 LAZY = ("tenants/",)
 HERE = Position("one", 1)

@@ -25,13 +25,14 @@ from veltrix_mw.protocols import (
     Silent,
     TooMuch,
 )
+from veltrix_mw.rate import Rate
 from veltrix_mw.replica import Publication
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.stores.memory import MemoryStore
 from veltrix_mw.stores.units import MAX_UNIT_BYTES
 from veltrix_mw.unit_filler import UnitFiller
 from veltrix_mw.unit_portions import FIRST_UNITS, PORTION_BYTES, Portions, sizes_of
-from veltrix_mw.unit_reader import Rate, UnitReader
+from veltrix_mw.unit_reader import UnitReader
 from veltrix_mw.validation import Schemas
 
 WITHIN_S = 30.0

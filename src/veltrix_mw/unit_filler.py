@@ -33,10 +33,10 @@ from veltrix_mw.follower import CALL_TIMEOUT_S, halted_for_forks
 from veltrix_mw.keys import is_key, unit_of
 from veltrix_mw.last_changes import LastChanges
 from veltrix_mw.protocols import Batch, Lease, Mirror, MirroredUnit, Position, RawUnit, Store, UnitFeed
+from veltrix_mw.rate import Rate
 from veltrix_mw.stores.units import bounded
 from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.unit_portions import Portions, may_fit_halved, sizes_of
-from veltrix_mw.unit_reader import Rate
 from veltrix_mw.values import Missing
 
 __all__ = ["UnitFiller", "can_be_filled"]

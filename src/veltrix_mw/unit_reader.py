@@ -16,7 +16,6 @@ that protect both. Which version of a unit a view may read is `lazy`'s to say; h
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from veltrix_mw.events import Events
 from veltrix_mw.follower import HISTORY_LIMIT, tell
 from veltrix_mw.lazy import LazyUnits, Reading, Remember, Unit
 from veltrix_mw.protocols import Filled, FoundUnits, MirroredUnit, MirrorState, Position, RawUnit, RawVersion, Unitary
+from veltrix_mw.rate import Rate
 from veltrix_mw.replica import HISTORY_KEYS, Notice, Publication
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import FetchOutcome, Telemetry
@@ -37,7 +37,7 @@ from veltrix_mw.unit_portions import Portions, may_fit_halved, sizes_of
 if TYPE_CHECKING:
     from opentelemetry.context import Context
 
-__all__ = ["FETCH_TIMEOUT_S", "Rate", "UnitReader"]
+__all__ = ["FETCH_TIMEOUT_S", "UnitReader"]
 
 FETCH_TIMEOUT_S: Final = 2.0
 """As long as any call to a store: what takes milliseconds and is not there by then has failed."""
@@ -83,33 +83,6 @@ _Loaded = dict[str, Snapshot | Exception]
 _Loading = Generator[Flight[Any], bool, _Loaded]
 
 W = TypeVar("W", str, _Past)
-
-
-class Rate:
-    """Lets through so many a second, and a number at once after a pause. Thread-safe."""
-
-    def __init__(self, per_s: float, at_once: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_s = per_s
-        self._at_once = at_once
-        self._clock = clock
-        self._lock = threading.Lock()  # protects the two below
-        self._left = float(at_once)
-        self._at_s = clock()
-
-    def take(self) -> bool:
-        """Whether one more is let through now."""
-        with self._lock:
-            now_s = self._clock()
-            self._left = min(self._at_once, self._left + (now_s - self._at_s) * self._per_s)
-            self._at_s = now_s
-            if self._left < 1:
-                return False
-            self._left -= 1
-            return True
-
-    def after_fork(self) -> None:
-        """Make the lock anew in a forked child: a thread of the parent may have held it."""
-        self._lock = threading.Lock()
 
 
 def _too_many() -> Overloaded:
