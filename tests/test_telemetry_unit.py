@@ -196,6 +196,22 @@ def test_recording_span_is_the_current_span_while_it_records(sdk: Sdk) -> None:
         assert telemetry.recording_span() is None
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_recording_span_takes_that_of_a_context_by_the_apis_own_key_for_it_or_without(
+    is_known: bool, sdk: Sdk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert module._SPAN_KEY is not None
+    if not is_known:
+        monkeypatch.setattr(module, "_SPAN_KEY", None)
+    telemetry = sdk.telemetry()
+    span = sdk.app.start_span("GET /")
+    with sdk.app.start_as_current_span("another"):
+        assert telemetry.recording_span(trace.set_span_in_context(span)) is span
+        assert telemetry.recording_span(otel_context.Context()) is None
+        span.end()
+        assert telemetry.recording_span(trace.set_span_in_context(span)) is None
+
+
 def test_a_request_is_five_attributes_on_its_span_and_one_histogram_record(sdk: Sdk) -> None:
     with sdk.app.start_as_current_span("GET /") as span:
         sdk.telemetry().annotate_request(span, **REQUEST)

@@ -184,9 +184,10 @@ class Pinned:
 
 def annotate(view: CountingView) -> None:
     """Tell a request's span what config cost it so far."""
-    tally, snapshot = view._tally, view._snapshot
-    view._views.telemetry.annotate_request(
-        tally.span, snapshot._revision, snapshot._origin, view.stale, tally.count, tally.total_ns / 1e9
+    tally, snapshot, views = view._tally, view._snapshot, view._views
+    stale = view._age() > views.max_age_s
+    views.telemetry.annotate_request(
+        tally.span, snapshot._revision, snapshot._origin, stale, tally.count, tally.total_ns / 1e9
     )
     tally.told_ns = tally.total_ns
 

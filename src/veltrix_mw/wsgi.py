@@ -35,6 +35,8 @@ VIEW_KEY: Final = "veltrix.view"
 """Where the environ carries the view."""
 
 
+_COMPLETE: Final = frozenset({list, tuple})
+
 _pin, _unpin = _current.set, _current.reset  # bound once: every request calls both
 
 
@@ -79,7 +81,7 @@ class ConfigMiddleware:
         self._plain = False  # whether the client is ready and requests ask for nothing more
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        if VIEW_KEY in environ or not self._plain or current_context():
+        if VIEW_KEY in environ or not self._plain:
             return self._call_asking(environ, start_response)
         # The rest is what most requests pay, written out: the calls of `client.view()` would be a third of it, and so
         # would be to ask the kernel each time whether this still is the process that follows. Forks are told by a
@@ -88,7 +90,10 @@ class ConfigMiddleware:
         views.made = made = views.made + 1
         if not made & 15:
             views.ensure_running()
-        environ[VIEW_KEY] = view = views.base
+        view, context = views.base, current_context()
+        if context and (counting := views.counted(view, context)) is not None:
+            return self._call_with(counting, partial(report, counting), environ, start_response)
+        environ[VIEW_KEY] = view
         token = _pin(view)
         try:
             body = self.app(environ, start_response)
@@ -97,7 +102,7 @@ class ConfigMiddleware:
         return body if type(body) is list else carried_body(body, environ, view, _nothing)
 
     def _call_asking(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        """Serve a request that may be pinned further out, may have layers, or may be traced."""
+        """Serve a request that may be pinned further out, or may have layers, or may have to wait for the start."""
         outer: View | None = environ.get(VIEW_KEY)
         # A view that is not the current one was left by a request that this environ was sent for before.
         if outer is not None and _current.get(None) is outer:
@@ -116,16 +121,25 @@ class ConfigMiddleware:
             return _refuse(environ, start_response)
         if self._revision_header:
             start_response = _with_header(start_response, view)
-        environ[VIEW_KEY] = view
         end = _nothing if counting is None else partial(report, counting)
-        token = _current.set(view)
+        return self._call_with(view, end, environ, start_response)
+
+    def _call_with(
+        self, view: View, end: Callable[[], None], environ: Environ, start_response: StartResponse
+    ) -> Iterable[bytes]:
+        """Serve a request with its view, and call `end` after its last byte."""
+        environ[VIEW_KEY] = view
+        token = _pin(view)
         try:
             body = self.app(environ, start_response)
         except BaseException:
             end()
             raise
         finally:
-            _current.reset(token)
+            _unpin(token)
+        if type(body) is list:
+            end()
+            return body
         return carried_body(body, environ, view, end)
 
     @property
@@ -203,7 +217,7 @@ def _is_complete(body: Iterable[bytes], environ: Environ) -> bool:
 
     Servers recognize their file wrapper by its type (gunicorn) or its identity (uWSGI): it must go back untouched.
     """
-    if type(body) in {list, tuple} or hasattr(body, "read"):
+    if type(body) in _COMPLETE or hasattr(body, "read"):
         return True
     wrapper = environ.get("wsgi.file_wrapper")
     return isinstance(wrapper, type) and isinstance(body, wrapper)
