@@ -102,7 +102,7 @@ def serve(
     app_dir: Path | None = None,
     asgi: bool = False,
     options: Sequence[str] = (),
-    start_timeout_s: float = 30,
+    start_timeout_s: float = 60,
     probe: str = "/config",
 ) -> Iterator[Served]:
     """Serve `app` ("module:attribute", found in `app_dir`) until the block ends; every process is gone then."""

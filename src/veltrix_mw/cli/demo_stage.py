@@ -32,7 +32,7 @@ __all__ = ["DemoFailed", "Line", "Stage", "expect", "interruptible", "staged", "
 
 _APP: Final = "veltrix_mw.cli.demo_app:app"
 _HOST: Final = "127.0.0.1"
-_START_S: Final = 30.0  # two workers need a second; on a machine that is busy, many
+_START_S: Final = 60.0  # two workers need a second; on a machine that is busy, many
 _STOP_S: Final = 5.0
 _CALL_S: Final = 10.0
 _LOOK_S: Final = 0.02
