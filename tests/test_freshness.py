@@ -30,11 +30,11 @@ from veltrix_mw import (
     current_view,
     override_config,
 )
+from veltrix_mw.counting_view import Tally
 from veltrix_mw.current import Pinned
 from veltrix_mw.fresh_views import FreshViews
 from veltrix_mw.freshness import FreshnessRules
 from veltrix_mw.snapshot import Rejection
-from veltrix_mw.view import Tally
 
 FLAGS = Freshness("flags/", max_age_s=20, on_stale="fail")
 COPY = Freshness("copy/", max_age_s=20, on_stale="serve")

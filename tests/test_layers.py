@@ -35,6 +35,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "pinning",
             "rate",
             "values",
+            "instruments",
             "telemetry",
             "words",
         }
@@ -72,6 +73,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "memo",
             "lapses",
             "view",
+            "counting_view",
             "views",
             "fresh_views",
             "current",

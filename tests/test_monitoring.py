@@ -28,7 +28,7 @@ from tests.support.redis_servers import redis_server
 from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient
 from veltrix_mw import client as client_module
-from veltrix_mw import telemetry as telemetry_module
+from veltrix_mw.instruments import Instruments
 
 ROOT: Final = Path(__file__).parent.parent
 DASHBOARD: Final[dict[str, Any]] = json.loads((ROOT / "docs/monitoring/veltrix-dashboard.json").read_text())
@@ -137,7 +137,7 @@ def scrape() -> Iterator[Scrape]:
 def _instruments() -> list[str]:
     """The name of each instrument that the code makes."""
     meter = create_autospec(Meter)
-    telemetry_module._Instruments(meter)
+    Instruments(meter)
     made = [call for call in meter.mock_calls if call[0].startswith("create_")]
     return [call.args[0] if call.args else call.kwargs["name"] for call in made]
 

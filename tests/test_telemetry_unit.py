@@ -26,9 +26,11 @@ from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace import TracerProvider as ApiTracerProvider
 
 from tests.support.sdk import Sdk
+from veltrix_mw import instruments
 from veltrix_mw import telemetry as module
 from veltrix_mw.errors import HeldBack, KeyMissing, NotReady, SettingsError, StoreUnavailable
-from veltrix_mw.telemetry import LEVELS, MAX_LINKS, FetchOutcome, Observed, Telemetry
+from veltrix_mw.instruments import Observed
+from veltrix_mw.telemetry import LEVELS, MAX_LINKS, FetchOutcome, Telemetry
 
 SOURCE = Path(module.__file__).parents[1]
 INSTRUMENTS = {
@@ -657,7 +659,7 @@ def test_every_instrument_has_its_unit_and_buckets(sdk: Sdk) -> None:
 
 
 def test_the_scope_names_the_package_its_version_and_schema(sdk: Sdk) -> None:
-    expected = ("veltrix_mw", importlib.metadata.version("veltrix-mw"), module._SCHEMA_URL)
+    expected = ("veltrix_mw", importlib.metadata.version("veltrix-mw"), instruments.SCHEMA_URL)
     telemetry = sdk.telemetry()
     with telemetry.write():
         telemetry.propagated(1.0, 2.0)
@@ -742,7 +744,8 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from veltrix_mw.telemetry import Observed, Telemetry
+from veltrix_mw.instruments import Observed
+from veltrix_mw.telemetry import Telemetry
 
 class Client:
     reconnects = failovers = rejections = dropped_layers = 0
@@ -803,8 +806,8 @@ def test_the_global_providers_serve_whenever_they_are_set(steps: tuple[str, ...]
 def test_a_fork_while_instruments_are_made_leaves_no_lock_behind() -> None:
     code = """
 import os, signal, time
-from veltrix_mw import telemetry
-with telemetry._making:
+from veltrix_mw import instruments, telemetry
+with instruments._making:
     child = os.fork()
     if child == 0:
         signal.alarm(20)  # ends the child, if it hangs, with a status that is not 0
@@ -842,7 +845,8 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import set_span_in_context
-from veltrix_mw.telemetry import Observed, Telemetry
+from veltrix_mw.instruments import Observed
+from veltrix_mw.telemetry import Telemetry
 
 class Client:
     namespace, views, reconnects, failovers, rejections, dropped_layers = "shop", 0, 0, 0, 0, 0

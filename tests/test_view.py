@@ -29,12 +29,12 @@ from veltrix_mw import (
     current_view,
     override_config,
 )
+from veltrix_mw.counting_view import Tally
 from veltrix_mw.current import Pinned
 from veltrix_mw.snapshot import Proof, Rejection, Snapshot
 from veltrix_mw.sorted_map import SortedMap
 from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import MISSING, freeze
-from veltrix_mw.view import Tally
 from veltrix_mw.views import Views
 
 

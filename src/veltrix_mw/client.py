@@ -35,12 +35,13 @@ from veltrix_mw.errors import (
 )
 from veltrix_mw.events import NO_THREAD, Events, told_after
 from veltrix_mw.freshness import Freshness, FreshnessRules
+from veltrix_mw.instruments import Observed
 from veltrix_mw.keys import check_namespace, check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
 from veltrix_mw.protocols import FailsOver
 from veltrix_mw.snapshot import Entry, Rejection, Snapshot, Version
 from veltrix_mw.status import LazyStatus, Status
-from veltrix_mw.telemetry import Observed, Telemetry
+from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import FrozenDict
 from veltrix_mw.view import View
 from veltrix_mw.views import Views

@@ -10,13 +10,14 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from veltrix_mw.counting_view import CountingView
 from veltrix_mw.errors import NoCurrentView
 from veltrix_mw.overrides import process_overrides
 from veltrix_mw.pinning import pinned_view
 from veltrix_mw.request_layers import InvalidLayerPolicy, checked_keys, kept_layers
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import current_context
-from veltrix_mw.view import CountingView, View
+from veltrix_mw.view import View
 from veltrix_mw.views import Views, checked_layers
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""What OpenTelemetry is told: the spans, the attributes and the instruments, and the level that decides which.
+"""What OpenTelemetry is told: the spans, their attributes and what is recorded, and the level that decides which.
 
-Owns their names, units and buckets, and the rule that no value reaches them. It is told plain numbers and
-strings; it knows no snapshot, client, store or framework, and needs no SDK.
+Owns their names, and the rule that no value reaches them. It is told plain numbers and strings; it knows no snapshot,
+client, store or framework, and needs no SDK. The metrics themselves are in `instruments`.
 
 Only `opentelemetry.trace` is imported with this module. Measured beside it: `opentelemetry.metrics` costs 12% more,
 the W3C propagator 9% and `importlib.metadata` 79%, so each waits for its first use.
@@ -10,16 +10,12 @@ the W3C propagator 9% and `importlib.metadata` 79%, so each waits for its first 
 from __future__ import annotations
 
 import logging
-import math
-import os
-import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -28,10 +24,11 @@ from opentelemetry.trace import INVALID_SPAN, get_current_span, propagation
 from veltrix_mw.errors import HeldBack, KeyMissing, SettingsError, StoreError, VeltrixError, public_class
 from veltrix_mw.events import Events
 from veltrix_mw.faults import told as told_of
+from veltrix_mw.instruments import SCHEMA_URL, SCOPE, Instruments, Stats, instruments_of
 from veltrix_mw.version import __version__
 
 if TYPE_CHECKING:
-    from opentelemetry.metrics import Histogram, Meter, MeterProvider, Observation
+    from opentelemetry.metrics import Histogram, MeterProvider
     from opentelemetry.trace import Link, Span, Tracer, TracerProvider
 
 __all__ = [
@@ -39,9 +36,7 @@ __all__ = [
     "current_context",
     "FetchOutcome",
     "LookupOutcome",
-    "Observed",
     "RefreshOutcome",
-    "Stats",
     "Telemetry",
     "WriteOutcome",
     "store_call",
@@ -54,22 +49,13 @@ LEVELS: Final = ("off", "requests", "lookups")
 MAX_LINKS: Final = 32
 """The most links of one span: of a refresh the newest changes of a burst. SDKs keep 128 by default."""
 
-_SCOPE: Final = "veltrix_mw"
-_SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.33.0"
 _MAX_SHOWN_KEY: Final = 512  # the longest valid key; a read may ask for any string, and spans wait in memory
-
-_LOOKUP_BUCKETS_S: Final = (1e-6, 5e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
-_REFRESH_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
-_PROPAGATION_BUCKETS_S: Final = (*_REFRESH_BUCKETS_S, 60.0)
-_CALL_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)  # the convention's for databases
 
 # In the OpenTelemetry context: who is to be told of the stores' calls, and whom a call is made for beside its parent.
 _TOLD: Final = otel_context.create_key("veltrix-telemetry")
 _LEADERS: Final = otel_context.create_key("veltrix-leaders")
 # What the instrumentations of drivers look for: they would tell of each call a second time, and of each watch.
 _SUPPRESSED: Final = "suppress_instrumentation"
-
-_T = TypeVar("_T")
 
 _events: Final = Events(part="telemetry")
 
@@ -87,74 +73,6 @@ current_context: Final[Callable[[], otel_context.Context]] = getattr(
 # Where a context has its span. `get_current_span` also makes sure of its type, by an `isinstance` of an abstract class
 # that costs five times the rest. As private as the above.
 _SPAN_KEY: Final[str | None] = getattr(propagation, "_SPAN_KEY", None)
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """Where a client stands now; `age_s` is inf before the first confirmation."""
-
-    age_s: float
-    revision: int
-    entries: int
-
-
-class Stats(Protocol):
-    """What a client shows to the observable instruments.
-
-    Held weakly, so it must be weakly referable, and hashed by identity. Read on the exporter's thread, without a
-    lock: all but `lazy_entries` and `relay_held` are plain integers that only grow.
-    """
-
-    @property
-    def namespace(self) -> str: ...
-    @property
-    def views(self) -> int:
-        """Views pinned so far."""
-        ...
-
-    @property
-    def reconnects(self) -> int:
-        """Watches opened again so far."""
-        ...
-
-    @property
-    def failovers(self) -> int:
-        """Times so far that calls went to another server than before."""
-        ...
-
-    @property
-    def rejections(self) -> int:
-        """Changes held back so far."""
-        ...
-
-    @property
-    def dropped_layers(self) -> int:
-        """Invalid layers of requests that were dropped so far."""
-        ...
-
-    @property
-    def stale_reads(self) -> int:
-        """Reads refused so far, as what they asked for was older than it may be."""
-        ...
-
-    @property
-    def fetches(self) -> Mapping[str, int]:
-        """Fetches of lazy units so far, by result: `hit`, `miss`, `absent`, `coalesced`, `error`."""
-        ...
-
-    @property
-    def lazy_entries(self) -> int | None:
-        """Lazy units held now, absent ones too; None where no prefix is lazy."""
-        ...
-
-    @property
-    def relay_held(self) -> int | None:
-        """1 where this process sees a relay that feeds the mirror, 0 where it sees none; None without a mirror."""
-        ...
-
-    def observe(self) -> Observed | None:
-        """Where the client stands now; None for one that is closed, which stands still."""
-        ...
 
 
 @dataclass(slots=True)
@@ -235,7 +153,7 @@ class Telemetry:
         self._tracer_provider = tracer_provider
         self._meter_provider = meter_provider
         self._tracer: Tracer | None = None
-        self._instruments: _Instruments | None = None
+        self._instruments: Instruments | None = None
 
     def load(self) -> None:
         """Import what the follower will use.
@@ -550,7 +468,7 @@ class Telemetry:
 
     def _record(
         self,
-        histogram: Callable[[_Instruments], Histogram],
+        histogram: Callable[[Instruments], Histogram],
         value: float,
         attributes: Mapping[str, str | int] | None = None,
         context: otel_context.Context | None = None,
@@ -586,193 +504,14 @@ class Telemetry:
         # Two threads may make one each: tracers of one scope are interchangeable.
         if self._tracer is None:
             self._tracer = trace.get_tracer(
-                _SCOPE, __version__, tracer_provider=self._tracer_provider, schema_url=_SCHEMA_URL
+                SCOPE, __version__, tracer_provider=self._tracer_provider, schema_url=SCHEMA_URL
             )
         return self._tracer
 
-    def _metrics(self) -> _Instruments:
+    def _metrics(self) -> Instruments:
         if self._instruments is None:
-            self._instruments = _instruments_of(self._meter_provider)
+            self._instruments = instruments_of(self._meter_provider)
         return self._instruments
-
-
-class _Instruments:
-    """The instruments of one meter provider, shared by every client that uses it.
-
-    There is one for each provider: an SDK drops, in silence, the callbacks of an instrument created twice.
-    """
-
-    def __init__(self, meter: Meter) -> None:
-        # A dict of weak references, not a WeakSet: a set that grows while another thread iterates over it raises,
-        # and a lock could be held by a fork.
-        self._stats: dict[weakref.ref[Stats], None] = {}
-        self.lookup_duration = _histogram(
-            meter, "veltrix.lookup.duration", "What config cost a request: the sum of its reads", _LOOKUP_BUCKETS_S
-        )
-        self.fetch_duration = _histogram(meter, "veltrix.fetch.duration", "Waiting for lazy units", _LOOKUP_BUCKETS_S)
-        self.call_duration = _histogram(
-            meter, "db.client.operation.duration", "Duration of calls to the stores", _CALL_BUCKETS_S
-        )
-        self.refresh_duration = _histogram(
-            meter, "veltrix.refresh.duration", "Listing, or applying a batch of changes", _REFRESH_BUCKETS_S
-        )
-        self.propagation_duration = _histogram(
-            meter,
-            "veltrix.propagation.duration",
-            "From the write of a change to its application in this process",
-            _PROPAGATION_BUCKETS_S,
-        )
-
-        def counter(name: str, unit: str, description: str, total: Callable[[Stats], int]) -> None:
-            meter.create_observable_counter(name, [lambda _: self._totals(total)], unit, description)
-
-        def gauge(name: str, unit: str, description: str, reading: Callable[[Observed], float]) -> None:
-            meter.create_observable_gauge(name, [lambda _: self._readings(reading)], unit, description)
-
-        counter("veltrix.views", "{view}", "Views pinned", lambda stats: stats.views)
-        counter("veltrix.rejected", "{change}", "Changes held back", lambda stats: stats.rejections)
-        counter("veltrix.stale_reads", "{read}", "Reads refused as stale", lambda stats: stats.stale_reads)
-        counter("veltrix.layers.dropped", "{layer}", "Invalid layers dropped", lambda stats: stats.dropped_layers)
-        meter.create_observable_counter(
-            "veltrix.fetches", [lambda _: self._results()], "{fetch}", "Fetches of lazy units, by result"
-        )
-        counter("veltrix.reconnects", "{reconnect}", "Watches opened again", lambda stats: stats.reconnects)
-        counter("veltrix.failovers", "{failover}", "Changes of the server called", lambda stats: stats.failovers)
-        gauge("veltrix.snapshot.age", "s", "Time since the snapshot was last confirmed", lambda now: now.age_s)
-        gauge("veltrix.snapshot.revision", "{revision}", "The snapshot's revision", lambda now: now.revision)
-        gauge("veltrix.snapshot.entries", "{entry}", "Entries in the snapshot", lambda now: now.entries)
-        meter.create_observable_gauge(
-            "veltrix.lazy.entries",
-            [lambda _: self._totals(lambda stats: stats.lazy_entries)],
-            "{entry}",
-            "Lazy units held",
-        )
-        meter.create_observable_gauge(
-            "veltrix.relay.held",
-            [lambda _: self._least(lambda stats: stats.relay_held)],
-            "{relay}",
-            "Whether this process sees a relay that feeds the mirror",
-        )
-
-    def observe(self, stats: Stats) -> None:
-        """Add `stats`, unless it is there; it leaves when it is collected."""
-        self._stats[weakref.ref(stats, self._forget)] = None
-
-    def take(self, other: _Instruments) -> None:
-        """Observe what the other does, too."""
-        for reference in list(other._stats):
-            stats = reference()
-            if stats is not None:
-                self.observe(stats)
-
-    def _forget(self, reference: weakref.ref[Stats]) -> None:
-        self._stats.pop(reference, None)
-
-    def _read(self, read: Callable[[Stats], _T]) -> Iterator[tuple[str, _T]]:
-        """(namespace, what was read) of every client alive."""
-        for reference in list(self._stats):
-            stats = reference()
-            if stats is None:
-                continue
-            try:
-                found = stats.namespace, read(stats)
-            except Exception:  # noqa: BLE001, S112  # one client that fails must not hide the others from the export
-                continue
-            yield found
-
-    def _totals(self, total: Callable[[Stats], int | None]) -> Iterable[Observation]:
-        """One observation a namespace: the sum over those of its clients that have a number."""
-        totals: dict[str, int] = {}
-        for namespace, count in self._read(total):
-            if count is not None:
-                totals[namespace] = totals.get(namespace, 0) + count
-        return _observations(totals)
-
-    def _least(self, reading: Callable[[Stats], int | None]) -> Iterable[Observation]:
-        """One observation a namespace: the least of those of its clients that have a number."""
-        least: dict[str, int] = {}
-        for namespace, number in self._read(reading):
-            if number is not None:
-                least[namespace] = min(number, least.get(namespace, number))
-        return _observations(least)
-
-    def _results(self) -> Iterable[Observation]:
-        """One observation a namespace and result of its fetches: the sum over its clients."""
-        from opentelemetry.metrics import Observation
-
-        totals: dict[tuple[str, str], int] = {}
-        for namespace, fetches in self._read(lambda stats: dict(stats.fetches)):
-            for result, count in fetches.items():
-                totals[namespace, result] = totals.get((namespace, result), 0) + count
-        return [
-            Observation(count, {"veltrix.namespace": namespace, "veltrix.result": result})
-            for (namespace, result), count in totals.items()
-        ]
-
-    def _readings(self, reading: Callable[[Observed], float]) -> Iterable[Observation]:
-        """One observation a namespace: of its client of the highest age, as that is the one to worry about."""
-        oldest: dict[str, Observed] = {}
-        for namespace, now in self._read(lambda stats: stats.observe()):
-            if now is not None and (namespace not in oldest or now.age_s > oldest[namespace].age_s):
-                oldest[namespace] = now
-        return _observations({namespace: reading(now) for namespace, now in oldest.items()})
-
-
-def _observations(values: Mapping[str, float]) -> list[Observation]:
-    from opentelemetry.metrics import Observation
-
-    return [
-        Observation(value, {"veltrix.namespace": namespace})
-        for namespace, value in values.items()
-        if math.isfinite(value)
-    ]
-
-
-def _histogram(meter: Meter, name: str, description: str, buckets_s: Sequence[float]) -> Histogram:
-    return meter.create_histogram(
-        name, unit="s", description=description, explicit_bucket_boundaries_advisory=buckets_s
-    )
-
-
-_made: weakref.WeakKeyDictionary[MeterProvider, _Instruments] = weakref.WeakKeyDictionary()
-_made_global: _Instruments | None = None
-_making = threading.Lock()  # protects the two above: instruments are made once
-
-
-def _renew_lock() -> None:
-    global _making
-    _making = threading.Lock()
-
-
-# A fork may come while another thread holds the lock; in the child nobody would release it.
-os.register_at_fork(after_in_child=_renew_lock)
-
-
-def _instruments_of(provider: MeterProvider | None) -> _Instruments:
-    """The instruments of `provider`, or of the global one.
-
-    The global one is a proxy until an SDK is set, and its instruments move to the SDK then: those made for
-    the proxy are the SDK's from that moment on.
-    """
-    global _made_global
-    from opentelemetry import metrics
-
-    # These two may run an SDK's own set-up, or read files: not under the lock.
-    current = metrics.get_meter_provider()
-    with _making:
-        is_global = provider is None or provider is current
-        if provider is None:
-            provider = current
-        made = _made.get(provider) or (_made_global if is_global else None)
-        if made is not None and is_global and _made_global is not None and made is not _made_global:
-            # The proxy's instruments moved to a provider that had some: of two that are alike the SDK asks the first.
-            made.take(_made_global)
-        if made is None:
-            made = _Instruments(metrics.get_meter(_SCOPE, __version__, provider, schema_url=_SCHEMA_URL))
-            _made[provider] = made
-        if is_global:
-            _made_global = made
-        return made
 
 
 @contextmanager

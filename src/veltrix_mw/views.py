@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from veltrix_mw.coalesce.inline_flight import InlineFlight
+from veltrix_mw.counting_view import CountingView, LookupView, Tally
 from veltrix_mw.deriving import DerivedCache
 from veltrix_mw.errors import InvalidKey
 from veltrix_mw.keys import check_key, check_layer, check_prefix
@@ -21,7 +22,7 @@ from veltrix_mw.pinning import pinned_view
 from veltrix_mw.snapshot import Snapshot
 from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import FrozenDict, freeze
-from veltrix_mw.view import CountingView, LookupView, Tally, View
+from veltrix_mw.view import View
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
