@@ -17,7 +17,9 @@ LATE: Final = frozenset(
     {
         *("sqlite3", "redis", "grpc", "urllib3", "msgspec", "jsonschema", "pydantic"),
         *("flask", "werkzeug", "jinja2", "django", "asgiref", "starlette", "fastapi", "click", "rich", "pytest"),
-        *("asyncio", "http.client", "multiprocessing", "opentelemetry.sdk"),
+        *("asyncio", "http.client", "multiprocessing", "opentelemetry.sdk", "opentelemetry.metrics"),
+        *("socket", "secrets", "hashlib", "random", "veltrix_mw.protocols", "veltrix_mw.replica", "veltrix_mw.stores"),
+        *("veltrix_mw.validation", "veltrix_mw.coalesce.lease", "veltrix_mw.tier_status"),
     }
 )
 

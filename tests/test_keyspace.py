@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from veltrix_mw.digest import digest_of
 from veltrix_mw.errors import HeldBack, InvalidValue, KeyMissing
 from veltrix_mw.keyspace import Keyspace
 from veltrix_mw.protocols import Batch, ChangeRecord, Listing, Position, RawChange, RawVersion
-from veltrix_mw.snapshot import digest_of
 from veltrix_mw.validation import Schemas
 from veltrix_mw.values import MISSING
 

@@ -24,6 +24,7 @@ CORE: Final = "veltrix_mw"
 RANKS: Final[tuple[frozenset[str], ...]] = (
     frozenset(
         {
+            "digest",
             "errors",
             "version",
             "faults",
@@ -78,6 +79,7 @@ RANKS: Final[tuple[frozenset[str], ...]] = (
             "fresh_views",
             "current",
             "status",
+            "tier_status",
             "waiters",
             "client",
             "request_layers",

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from veltrix_mw.digest import digest_of
 from veltrix_mw.errors import HeldBack, KeyMissing
-from veltrix_mw.snapshot import Change, Entry, Proof, Rejection, Snapshot, Version, digest_of
+from veltrix_mw.snapshot import Change, Entry, Proof, Rejection, Snapshot, Version
 from veltrix_mw.sorted_map import SortedMap
 from veltrix_mw.values import MISSING, Missing
 

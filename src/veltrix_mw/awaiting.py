@@ -9,7 +9,6 @@ import contextlib
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
 __all__ = ["awaited", "in_thread", "running_trio"]
@@ -51,7 +50,7 @@ async def awaited(future: Future[None], timeout_s: float) -> bool:
 
 
 def _waited(future: Future[None], timeout_s: float) -> None:
-    with contextlib.suppress(FutureTimeout):
+    with contextlib.suppress(TimeoutError):
         future.result(timeout_s)
 
 

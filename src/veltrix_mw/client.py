@@ -9,13 +9,10 @@ import atexit
 import contextlib
 import logging
 import os
-import secrets
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, overload
 from weakref import WeakSet
@@ -38,9 +35,8 @@ from veltrix_mw.freshness import Freshness, FreshnessRules
 from veltrix_mw.instruments import Observed
 from veltrix_mw.keys import check_namespace, check_prefix
 from veltrix_mw.operations import Delete, Operation, Put
-from veltrix_mw.protocols import FailsOver
 from veltrix_mw.snapshot import Entry, Rejection, Snapshot, Version
-from veltrix_mw.status import LazyStatus, Status
+from veltrix_mw.status import LazyStatus, Status, unwritten
 from veltrix_mw.telemetry import Telemetry
 from veltrix_mw.values import FrozenDict
 from veltrix_mw.view import View
@@ -440,6 +436,8 @@ class ConfigClient:
         return self._authority.info.lazy
 
     def _new_follower(self) -> Follower:
+        # `status` imports it, maybe in a thread: a process that forks meanwhile has children that wait for it for ever.
+        import veltrix_mw.tier_status  # noqa: F401
         from veltrix_mw.follower import Follower
         from veltrix_mw.keyspace import Keyspace
         from veltrix_mw.replica import Replica
@@ -490,7 +488,7 @@ class ConfigClient:
         with self._waiters.waiting(READY) as waiting:
             try:
                 waiting.result(timeout_s)
-            except FutureTimeout:
+            except TimeoutError:
                 raise self._not_ready(timeout_s) from None
 
     async def await_ready(self, timeout_s: float = 5.0) -> None:
@@ -544,7 +542,7 @@ class ConfigClient:
         if patience_s > 0:
             with self._waiters.waiting(BEGUN) as waiting:
                 if not waiting.done():
-                    with self._telemetry.awaiting(), contextlib.suppress(FutureTimeout):
+                    with self._telemetry.awaiting(), contextlib.suppress(TimeoutError):
                         waiting.result(patience_s)
             self._tell_if_not_ready()
 
@@ -606,7 +604,7 @@ class ConfigClient:
                 with self._views.waiting(), self._telemetry.awaiting(revision):
                     try:
                         waiting.result(timeout_s)
-                    except FutureTimeout:
+                    except TimeoutError:
                         raise self._revision_timeout(revision, timeout_s) from None
 
     async def await_for(self, revision: int, timeout_s: float = 5.0) -> None:
@@ -658,8 +656,6 @@ class ConfigClient:
         # A memory store is always empty at first, and nobody can have named it wrongly.
         if self._told_unwritten or snapshot.origin == "memory" or not _is_unwritten(snapshot):
             return
-        from veltrix_mw.status import unwritten
-
         self._told_unwritten = True
         reason = unwritten(self._authority.info)
         self._events.tell("veltrix.unwritten", logging.WARNING, once=True, reason=reason)
@@ -783,7 +779,7 @@ class ConfigClient:
         written = self._last_written
         if self._follower is not None and not self._has_reached(written):
             # What this process has just written is not here yet; it comes within moments, or the check goes on.
-            with self._waiters.waiting(written) as waiting, contextlib.suppress(FutureTimeout):
+            with self._waiters.waiting(written) as waiting, contextlib.suppress(TimeoutError):
                 waiting.result(OWN_WRITE_S)
             self._last_written = 0  # once is enough: after a restore it may never come
         published = self._published
@@ -807,7 +803,7 @@ class ConfigClient:
 
     def status(self) -> Status:
         """How this process's configuration is. Does no I/O."""
-        from veltrix_mw.status import tiers_of, unwritten
+        from veltrix_mw.tier_status import tiers_of
 
         view = self._views.base
         snapshot = view._snapshot
@@ -842,7 +838,6 @@ class ConfigClient:
         Raises `StoreError`.
         """
         from veltrix_mw.protocols import Position
-        from veltrix_mw.status import unwritten
 
         try:
             found = self._authority.confirm(Position("", 0), timeout_s=timeout_s)
@@ -861,8 +856,6 @@ class ConfigClient:
         return (0, ()) if ignored is None else (ignored.count, tuple(ignored.examples))
 
     def _lazy_status(self) -> LazyStatus | None:
-        from veltrix_mw.status import LazyStatus
-
         units, reader = self._views.units, self._views.reader
         if units is None or reader is None:
             return None
@@ -953,7 +946,8 @@ class _Stats:
     @property
     def failovers(self) -> int:
         store = self._client._store
-        return store.failovers if isinstance(store, FailsOver) else 0
+        failovers: int = getattr(store, "failovers", 0)  # a `FailsOver`'s
+        return failovers
 
     @property
     def filled(self) -> int:
@@ -1043,7 +1037,7 @@ def _lazy(lazy: Sequence[str]) -> tuple[str, ...]:
 
 def _instance() -> str:
     """`host:pid:` and what tells this process from another one of that number."""
-    return _instances.setdefault(os.getpid(), f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(3)}")
+    return _instances.setdefault(os.getpid(), f"{os.uname().nodename}:{os.getpid()}:{os.urandom(3).hex()}")
 
 
 def _layers(layers: Sequence[str]) -> Sequence[str]:

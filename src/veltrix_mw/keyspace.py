@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+import veltrix_mw.digest  # noqa: F401  # snapshots ask for it where nothing is to be imported: in the follower
 from veltrix_mw.errors import InvalidValue
 from veltrix_mw.protocols import Batch, Listing, RawVersion
 from veltrix_mw.snapshot import Proof, Rejection, Snapshot

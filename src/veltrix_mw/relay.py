@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
+from veltrix_mw.digest import digest_of
 from veltrix_mw.errors import AuthFailed, Compacted, LeaseLost, StoreError, VeltrixError
 from veltrix_mw.protocols import (
     Batch,
@@ -52,7 +53,7 @@ from veltrix_mw.replica import (
     Step,
     Watching,
 )
-from veltrix_mw.snapshot import Proof, Snapshot, digest_of
+from veltrix_mw.snapshot import Proof, Snapshot
 from veltrix_mw.sorted_map import Item
 from veltrix_mw.values import Missing
 

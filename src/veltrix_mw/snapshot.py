@@ -9,14 +9,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, Final
 
 from veltrix_mw.errors import HeldBack, KeyMissing
 from veltrix_mw.sorted_map import Item, SortedMap
 from veltrix_mw.values import MISSING, FrozenDict, Missing
 
-__all__ = ["Change", "Entry", "Proof", "Rejection", "Snapshot", "Version", "digest_of"]
+__all__ = ["Change", "Entry", "Proof", "Rejection", "Snapshot", "Version"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +113,6 @@ class _Rejections(FrozenDict):
 _NO_REJECTIONS: Final = _Rejections({})
 
 
-def digest_of(key: str, mod_revision: int) -> int:
-    """One entry's share of the digest: BLAKE2b of 8 bytes over key, NUL, decimal `mod_revision`, big-endian."""
-    return int.from_bytes(blake2b(f"{key}\0{mod_revision}".encode(), digest_size=8).digest(), "big")
-
-
 class Snapshot(Mapping[str, Any]):
     """Every eager entry of a namespace at one revision: a mapping from key to frozen value.
 
@@ -181,6 +175,8 @@ class Snapshot(Mapping[str, Any]):
         an entry), then carried from change to change.
         """
         if self._digest is None:
+            from veltrix_mw.digest import digest_of
+
             total = sum(
                 digest_of(key, revision) for key, _, revision in self._entries.items() if key not in self._rejected
             )
@@ -270,6 +266,8 @@ class Snapshot(Mapping[str, Any]):
         return following
 
     def _share(self, key: str) -> int:
+        from veltrix_mw.digest import digest_of  # whoever follows has loaded it
+
         held = self._rejected.get(key)
         if held is not None:
             return 0 if held.deleted else digest_of(key, held.revision)

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
@@ -75,14 +74,16 @@ current_context: Final[Callable[[], otel_context.Context]] = getattr(
 _SPAN_KEY: Final[str | None] = getattr(propagation, "_SPAN_KEY", None)
 
 
-@dataclass(slots=True)
+# Plain classes: a dataclass takes as long to make at import as all of the module's functions, and there are four.
 class LookupOutcome:
     """What a read found; an exception that leaves the read overrules it."""
 
-    result: Literal["hit", "miss", "error"] = "hit"
+    __slots__ = ("result",)
+
+    def __init__(self) -> None:
+        self.result: Literal["hit", "miss", "error"] = "hit"
 
 
-@dataclass(slots=True)
 class FetchOutcome:
     """How a fetch of lazy units came by them: `hit` where all were held, `coalesced` where others had them read.
 
@@ -90,11 +91,18 @@ class FetchOutcome:
     `origin` is the tier that what it had read came from, `span` its own and `leaders` those of whom it waited for.
     """
 
-    result: Literal["hit", "miss", "absent", "coalesced", "error"] = "coalesced"
-    error: Exception | None = None
-    origin: str | None = None
-    span: Span = INVALID_SPAN
-    leaders: list[Span] = field(default_factory=list)
+    __slots__ = ("error", "leaders", "origin", "result", "span")
+
+    def __init__(
+        self,
+        result: Literal["hit", "miss", "absent", "coalesced", "error"] = "coalesced",
+        error: Exception | None = None,
+    ) -> None:
+        self.result = result
+        self.error = error
+        self.origin: str | None = None
+        self.span: Span = INVALID_SPAN
+        self.leaders: list[Span] = []
 
     def follows(self, leader: object) -> None:
         """It waits for what `leader`, another fetch, has read: said before its span begins, or while it waits."""
@@ -109,23 +117,27 @@ class FetchOutcome:
             self.span.add_link(leader.span.get_span_context())  # of no effect before it has begun
 
 
-@dataclass(slots=True)
 class RefreshOutcome:
     """What a refresh applied: the revision reached and the number of keys changed; None is left out.
 
     `origin` is the tier that it came from, if that is another than was asked.
     """
 
-    revision: int | None = None
-    origin: str | None = None
-    changes: int | None = None
+    __slots__ = ("changes", "origin", "revision")
+
+    def __init__(self) -> None:
+        self.revision: int | None = None
+        self.origin: str | None = None
+        self.changes: int | None = None
 
 
-@dataclass(slots=True)
 class WriteOutcome:
     """What a write made: its revision; None is left out."""
 
-    revision: int | None = None
+    __slots__ = ("revision",)
+
+    def __init__(self) -> None:
+        self.revision: int | None = None
 
 
 class Telemetry:

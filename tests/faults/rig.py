@@ -31,10 +31,10 @@ from tests.support.proxy import Proxy
 from tests.support.redis_servers import ClusterSet, RedisServer, RedisSet, SentinelSet, redis_server
 from tests.support.serving import ROOT, Served, serve
 from tests.support.waiting import wait_until
+from veltrix_mw.digest import digest_of
 from veltrix_mw.errors import StoreError
 from veltrix_mw.protocols import ChangeRecord, Listing, RawOperation
 from veltrix_mw.settings import parse_url
-from veltrix_mw.snapshot import digest_of
 from veltrix_mw.stores.opening import open_store
 from veltrix_mw.values import MISSING
 

@@ -14,10 +14,10 @@ import pytest
 
 from tests.faults.rig import NAMESPACE, SLACK, Rig, rig
 from tests.support.waiting import wait_until
+from veltrix_mw.digest import digest_of
 from veltrix_mw.errors import Compacted, LeaseLost
 from veltrix_mw.protocols import Lease
 from veltrix_mw.settings import parse_url
-from veltrix_mw.snapshot import digest_of
 from veltrix_mw.stores.opening import open_mirror
 
 pytestmark = pytest.mark.timeout(300)

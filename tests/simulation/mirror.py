@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
+from veltrix_mw.digest import digest_of
 from veltrix_mw.errors import Compacted, LeaseLost, StoreUnavailable
 from veltrix_mw.protocols import Batch, Lease, Listing, MirrorState, Position, RawChange
-from veltrix_mw.snapshot import digest_of
 from veltrix_mw.values import Missing
 
 NOWHERE = Position("", 0)

@@ -326,7 +326,7 @@ class World:
         )
 
     def digest_matches(self, snapshot: Snapshot) -> bool:
-        from veltrix_mw.snapshot import digest_of
+        from veltrix_mw.digest import digest_of
 
         wanted = sum(digest_of(key, revision) for key, (_, revision) in self.authority.state.items())
         return snapshot.digest == wanted % (1 << 64)

@@ -14,6 +14,7 @@ import pytest
 from tests.stores.contract import WITHIN_S, drain, in_a_fork, replay
 from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.waiting import wait_until
+from veltrix_mw.digest import digest_of
 from veltrix_mw.errors import AuthFailed, Compacted, LeaseLost, StoreError, StoreUnavailable
 from veltrix_mw.protocols import (
     Batch,
@@ -26,7 +27,6 @@ from veltrix_mw.protocols import (
     RawOperation,
     Restored,
 )
-from veltrix_mw.snapshot import digest_of
 from veltrix_mw.stores import redis_mirror, redis_reading
 from veltrix_mw.stores.redis import RedisStore
 from veltrix_mw.stores.redis_layout import MAX_CHANGES

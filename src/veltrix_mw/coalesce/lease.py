@@ -10,8 +10,6 @@ import contextvars
 import math
 import os
 import random
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -195,11 +193,11 @@ class Lease:
 
     @property
     def _holder(self) -> str:
-        return self._named_holder or f"{socket.gethostname()}:{os.getpid()}"
+        return self._named_holder or f"{os.uname().nodename}:{os.getpid()}"
 
     def _new_attempt(self) -> str:
         """A name for one attempt to hold it: another one by the same holder is not to take it for its own."""
-        return f"{self._holder}:{secrets.token_hex(4)}"
+        return f"{self._holder}:{os.urandom(4).hex()}"
 
     def _keep_up(self, granted: Granted, given_up: threading.Event) -> None:
         pause_s = self._ttl_s / 3

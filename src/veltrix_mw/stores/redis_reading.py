@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from weakref import WeakSet
 
+from veltrix_mw.digest import digest_of
 from veltrix_mw.errors import Compacted, StoreError, StoreUnavailable
 from veltrix_mw.protocols import Batch, Filled, Position
-from veltrix_mw.snapshot import digest_of
 from veltrix_mw.stores.redis_layout import (
     META_FIELDS,
     MIRROR,
