@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from importlib import import_module
@@ -36,6 +37,7 @@ def main() -> None:
         "interpreter": interpreter,
         "quick": QUICK,
         "rounds": ROUNDS,
+        "cores": len(os.sched_getaffinity(0)),
         "figures": [figure.as_json() for figure in figures],
     }
     (chosen.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 export VELTRIX_URL=sqlite:///shop.db
 veltrix put checkout/max_items 50
-uvicorn examples.asgi_app:app --workers 2
+uvicorn examples.asgi_app:app --workers 2 --lifespan on
 
 curl http://127.0.0.1:8000/                                       # at most 50 items
 veltrix put tenants/acme/checkout/max_items 500                   # in another terminal

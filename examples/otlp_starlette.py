@@ -3,7 +3,7 @@
 export VELTRIX_URL=sqlite:///shop.db OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 OTEL_SERVICE_NAME=shop
 veltrix put checkout/max_items 50
 pip install opentelemetry-instrumentation-starlette
-uvicorn examples.otlp_starlette:app --workers 2
+uvicorn examples.otlp_starlette:app --workers 2 --lifespan on
 granian --interface asgi --workers 2 examples.otlp_starlette:app
 
 curl http://127.0.0.1:8000/config

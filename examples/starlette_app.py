@@ -2,7 +2,7 @@
 
 export VELTRIX_URL=sqlite:///shop.db
 veltrix put checkout/max_items 50
-uvicorn examples.starlette_app:app --workers 2
+uvicorn examples.starlette_app:app --workers 2 --lifespan on
 
 curl -X POST 'http://127.0.0.1:8000/checkout?items=60'   # 409: at most 50 items
 veltrix put checkout/max_items 80                        # in another terminal

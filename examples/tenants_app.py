@@ -1,6 +1,6 @@
 """A shop of many tenants, read on demand, with a page that shows live what that costs.
 
-uvicorn examples.tenants_app:app --workers 2                      # a store that is empty gets 2,000 tenants
+uvicorn examples.tenants_app:app --workers 2 --lifespan on        # a store that is empty gets 2,000 tenants
 wrk -t2 -c64 -d60s -s examples/tenants.lua http://127.0.0.1:8000  # meanwhile, open http://127.0.0.1:8000/live
 
 curl http://127.0.0.1:8000/shop/eu/acme                           # acme's limit, its region's currency, the base's tax

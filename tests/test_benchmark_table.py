@@ -15,7 +15,7 @@ from benchmarks import table
 def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Copies of the results and of the pages, on which the table works."""
     copies = {}
-    for name in ("RESULTS", "README", "ALL"):
+    for name in ("RESULTS", "README", "ALL", "TELEMETRY"):
         original: Path = getattr(table, name)
         copies[name] = tmp_path / original.name
         copies[name].write_text(original.read_text())
@@ -59,6 +59,12 @@ def test_other_figures_are_found_and_written(
     assert "subscript of a plain `dict` | 2.25 [2, 2.50] | 3: met |" in written
     assert len(before.splitlines()) == len(written.splitlines())
     assert check(monkeypatch) == 0
+
+
+def test_a_page_without_a_place_for_them_is_told(pages: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pages["README"].write_text("# nothing\n")
+    with pytest.raises(SystemExit, match=r"README.md has no place for the figures"):
+        check(monkeypatch)
 
 
 def test_an_aim_that_was_missed_is_explained(pages: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from tests.support.etcd_servers import EtcdCluster, etcd
 from tests.support.redis_servers import RedisServer, redis_server
 from tests.support.waiting import wait_until
 from tests.test_permissions import commands
-from veltrix_mw import AuthFailed, ConfigClient, Put
+from veltrix_mw import AuthFailed, ConfigClient, Put, unit_filler
 from veltrix_mw.unit_reader import FILLED_WITHIN_S
 
 WITHIN_S: Final = 60.0  # an end to waiting in vain
@@ -237,8 +237,11 @@ def test_2000_cold_units_cost_the_authority_a_50th_as_many_calls_and_all_servers
     assert answers.values == Counter(map(json.dumps, values))
     assert answers.units_read == {"mirror": len(MANY), "wanted": len(MANY)}
     reads = asked.unit_reads()
-    # On a machine that stalls, what a call had read may come too late, and be read again; each call counts.
-    assert {unit for units in reads for unit in units} == set(MANY)
+    # On a machine that stalls, what a call had read may come too late, and be read again, once: each call counts.
+    times = Counter(unit for units in reads for unit in units)
+    assert times.keys() == set(MANY)
+    assert max(times.values()) <= 2
+    assert times.total() - len(times) <= unit_filler.AT_ONCE
     assert len(reads) <= len(MANY) / 50
     # Each look at the mirror asks for its time. The relay takes names, fills, and its announcement is read.
     calls = asked.redis("time") + asked.redis("rpush") + 3 * asked.redis("xadd")

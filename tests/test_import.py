@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Final
 
 import pytest
 
 import veltrix_mw
-from veltrix_mw import errors
+from tests.support.etcd_servers import etcd
+from tests.support.redis_servers import redis_server
+from veltrix_mw import ConfigClient, errors
 
 # Drivers, frameworks, and what is dear to load: asyncio and http.client alone cost as much as all the rest.
 LATE: Final = frozenset(
@@ -19,7 +23,7 @@ LATE: Final = frozenset(
         *("flask", "werkzeug", "jinja2", "django", "asgiref", "starlette", "fastapi", "click", "rich", "pytest"),
         *("asyncio", "http.client", "multiprocessing", "opentelemetry.sdk", "opentelemetry.metrics"),
         *("socket", "secrets", "hashlib", "random", "veltrix_mw.protocols", "veltrix_mw.replica", "veltrix_mw.stores"),
-        *("veltrix_mw.validation", "veltrix_mw.coalesce.lease", "veltrix_mw.tier_status"),
+        *("veltrix_mw.validation", "veltrix_mw.coalesce.lease", "veltrix_mw.tier_status", "veltrix_mw.digest"),
     }
 )
 
@@ -69,3 +73,60 @@ def test_no_public_name_is_left_out() -> None:
         and name != "annotations"  # of `from __future__`
     }
     assert public <= set(veltrix_mw.__all__)
+
+
+LIFE: Final = """
+import sys, threading
+from veltrix_mw import ConfigClient
+
+found = []
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        found.append(f"{threading.current_thread().name}: {name}")
+
+url, mirror = sys.argv[1:]
+client = ConfigClient(url, mirror=mirror or None, lazy=("tenants/",), schemas={"s": {"type": "number"}})
+sys.meta_path.insert(0, Finder())
+
+def live():
+    client.start()
+    client.wait_ready(30)
+    client.wait_for(client.put("k", 2), 30)
+    client.wait_for(client.put("tenants/acme/limit", 5), 30)
+    with client.pinned(layers=["eu/"]) as view:
+        assert view["k"] == 2
+        assert view.section("x/") == {}
+        assert view.fetch("tenants/acme/limit", timeout_s=30) == 5
+    client.status()
+    client.history("k")
+    client.rollback(client.view().revision)
+    client.delete("k")
+
+thread = threading.Thread(target=live)
+thread.start()
+thread.join()
+assert client.status().revision
+client.close()
+print(*found, sep="\\n", end="")
+"""
+
+
+@pytest.mark.parametrize("url", ["sqlite", "etcd", "etcd over gRPC", "etcd and its mirror", "redis"])
+def test_nothing_is_imported_once_a_client_is_made(url: str, tmp_path: Path) -> None:
+    """A process that forks while a thread imports has children that wait for that module for ever."""
+    with contextlib.ExitStack() as stack:
+        mirror = ""
+        if url == "sqlite":
+            url = f"sqlite:///{tmp_path / 'config.db'}"
+        elif url == "redis":
+            url = f"{stack.enter_context(redis_server()).url}?namespace=shop"
+        else:
+            mirror = stack.enter_context(redis_server()).url if "mirror" in url else ""
+            transport = "?transport=grpc" if "gRPC" in url else ""
+            url = f"etcd://127.0.0.1:{stack.enter_context(etcd()).members[0].port}/shop{transport}"
+        with ConfigClient(url, relay="never") as writer:
+            writer.put("k", 1)
+        done = subprocess.run([sys.executable, "-c", LIFE, url, mirror], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "Traceback" not in done.stderr

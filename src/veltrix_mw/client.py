@@ -129,7 +129,9 @@ class ConfigClient:
         meter_provider: MeterProvider | None = None,
     ) -> None:
         # Imported here and not above: `import veltrix_mw` is paid by every process, also those that never follow.
-        from veltrix_mw import follower  # noqa: F401  # so that the first request, on its event loop, imports nothing
+        # What only a start or `status` uses comes now, too: the first request, on its event loop, imports nothing, and
+        # a process that forks while a thread imports has children that wait for that module for ever.
+        from veltrix_mw import follower, tier_status  # noqa: F401
         from veltrix_mw.disk import LastKnownGood
         from veltrix_mw.subscriptions import Subscriptions
         from veltrix_mw.validation import Schemas
@@ -140,6 +142,8 @@ class ConfigClient:
         if relay not in {"auto", "never"}:
             raise SettingsError(f"relay is 'auto' or 'never', not {relay!r}")
         self._stands_for_election = relay == "auto"
+        if self._mirror is not None and self._stands_for_election:
+            from veltrix_mw import relay_thread  # noqa: F401
         self._named = instance
         info = self._store.info
         self.namespace: str = info.namespace
@@ -436,8 +440,6 @@ class ConfigClient:
         return self._authority.info.lazy
 
     def _new_follower(self) -> Follower:
-        # `status` imports it, maybe in a thread: a process that forks meanwhile has children that wait for it for ever.
-        import veltrix_mw.tier_status  # noqa: F401
         from veltrix_mw.follower import Follower
         from veltrix_mw.keyspace import Keyspace
         from veltrix_mw.replica import Replica

@@ -40,6 +40,14 @@ def test_put_shows_how_to_quote_what_is_not_json_and_writes_nothing(shell: Shell
     assert shell.run("get", "k").code == 5  # there is no file even
 
 
+@pytest.mark.parametrize(("spelled", "meant"), [("True", "true"), ("False", "false"), ("None", "null")])
+def test_what_python_calls_it_is_told_as_json_writes_it(shell: Shell, spelled: str, meant: str) -> None:
+    done = shell.run("put", "k", spelled)
+    assert done.code == 4
+    assert done.err.endswith(f"in JSON it is written {meant}\n")
+    assert "--text" not in done.err
+
+
 @pytest.mark.parametrize("text", ["NaN", "-Infinity", '{"a":1,"a":2}', "1e999", '"\\ud800"', "[" * 100 + "]" * 100])
 def test_put_refuses_what_a_store_would_not_give_back(shell: Shell, text: str) -> None:
     done = shell.run("put", "k", "--file", "-", stdin=text)

@@ -72,6 +72,9 @@ def put(
     _answer(session, revision)
 
 
+_PYTHONS: Final = {"True": "true", "False": "false", "None": "null"}
+
+
 def _value(value: str | None, path: Path | None, *, as_text: bool) -> Any:
     if (value is None) == (path is None):
         raise click.UsageError("give a VALUE, or - for stdin, or --file PATH: one of them")
@@ -87,6 +90,8 @@ def _value(value: str | None, path: Path | None, *, as_text: bool) -> Any:
         try:
             return json_text.parsed(given, of="the value")
         except json_text.NotJson as exc:
+            if given in _PYTHONS:
+                raise InvalidValue(f"{exc}; in JSON it is written {_PYTHONS[str(given)]}") from None
             raise InvalidValue(
                 f"{exc}; a string needs its quotes inside the shell's, as in "
                 "veltrix put KEY '\"blue\"', or --text, as in veltrix put --text KEY blue"

@@ -7,6 +7,7 @@ lets a caller finish a connection (a TLS handshake) within an address's share.
 from __future__ import annotations
 
 import contextlib
+import encodings.idna  # noqa: F401  # `getaddrinfo` would import it in the follower's thread, maybe during a fork
 import os
 import socket
 import time

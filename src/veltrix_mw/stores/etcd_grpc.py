@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
@@ -35,6 +36,9 @@ from veltrix_mw.stores.etcd_stream import NotHttp
 from veltrix_mw.stores.tls import Tls
 
 __all__ = ["Grpc", "GrpcStream", "Lent", "ask", "meaning"]
+
+with contextlib.suppress(ImportError):
+    import_module("grpc._channel")  # the first channel would import it in the follower's thread, maybe during a fork
 
 _WATCH: Final = "/etcdserverpb.Watch/Watch"
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # RFC 9113, 3.4: what a client begins with, then its settings
