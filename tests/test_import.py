@@ -14,6 +14,7 @@ import pytest
 import veltrix_mw
 from tests.support.etcd_servers import etcd
 from tests.support.redis_servers import redis_server
+from tests.support.waiting import wait_until
 from veltrix_mw import ConfigClient, errors
 
 # Drivers, frameworks, and what is dear to load: asyncio and http.client alone cost as much as all the rest.
@@ -76,10 +77,19 @@ def test_no_public_name_is_left_out() -> None:
 
 
 LIFE: Final = """
-import sys, threading
-from veltrix_mw import ConfigClient
+import sys, threading, time
+from veltrix_mw import ConfigClient, Conflict, KeyMissing, StoreUnavailable
 
 found = []
+
+def again(call):
+    while True:  # a store that stalls is no matter here
+        try:
+            return call()
+        except (StoreUnavailable, Conflict):
+            time.sleep(0.1)
+        except KeyMissing:  # it was deleted, by a call whose answer did not come
+            return None
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -92,16 +102,16 @@ sys.meta_path.insert(0, Finder())
 def live():
     client.start()
     client.wait_ready(30)
-    client.wait_for(client.put("k", 2), 30)
-    client.wait_for(client.put("tenants/acme/limit", 5), 30)
+    client.wait_for(again(lambda: client.put("k", 2)), 30)
+    client.wait_for(again(lambda: client.put("tenants/acme/limit", 5)), 30)
     with client.pinned(layers=["eu/"]) as view:
         assert view["k"] == 2
         assert view.section("x/") == {}
-        assert view.fetch("tenants/acme/limit", timeout_s=30) == 5
+        assert again(lambda: view.fetch("tenants/acme/limit", timeout_s=30)) == 5
     client.status()
-    client.history("k")
-    client.rollback(client.view().revision)
-    client.delete("k")
+    again(lambda: client.history("k"))
+    again(lambda: client.rollback(client.view().revision))
+    again(lambda: client.delete("k"))
 
 thread = threading.Thread(target=live)
 thread.start()
@@ -110,6 +120,13 @@ assert client.status().revision
 client.close()
 print(*found, sep="\\n", end="")
 """
+
+
+def _put(client: ConfigClient) -> int:
+    try:
+        return client.put("k", 1)
+    except errors.StoreUnavailable:
+        return 0
 
 
 @pytest.mark.parametrize("url", ["sqlite", "etcd", "etcd over gRPC", "etcd and its mirror", "redis"])
@@ -126,7 +143,7 @@ def test_nothing_is_imported_once_a_client_is_made(url: str, tmp_path: Path) -> 
             transport = "?transport=grpc" if "gRPC" in url else ""
             url = f"etcd://127.0.0.1:{stack.enter_context(etcd()).members[0].port}/shop{transport}"
         with ConfigClient(url, relay="never") as writer:
-            writer.put("k", 1)
+            wait_until(lambda: _put(writer), 60, reason="a first value")
         done = subprocess.run([sys.executable, "-c", LIFE, url, mirror], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "Traceback" not in done.stderr
