@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import Sampler
 
 from tests.support.sdk import Sdk
-from tests.test_request_cost import served
+from tests.test_request_cost import serving
 from veltrix_mw import ConfigClient
 
 WITHIN_S = 20.0
@@ -76,7 +76,7 @@ def test_config_comes_and_a_write_is_acknowledged(client: ConfigClient, caplog: 
         client.wait_for(client.put("tenants/acme/k", 2), WITHIN_S)
         with sdk.app.start_as_current_span("GET /"):
             for interface in ("ASGI", "WSGI"):
-                served(interface, client, layers=lambda _: ["tenants/acme/"])
+                serving(interface, client, layers=lambda _: ["tenants/acme/"])()
             with client.pinned() as view:
                 assert view.fetch("tenants/acme/k") == 2
     told = [record.getMessage() for record in caplog.get_records("setup") + caplog.records]
@@ -95,5 +95,5 @@ def test_a_span_of_the_request_that_fails_harms_nobody() -> None:
     with ConfigClient("memory://") as client:
         client.wait_for(client.put("k", 1), WITHIN_S)
         with trace.use_span(Failing(trace.SpanContext(1, 1, is_remote=False))):
-            served("ASGI", client)
-            served("WSGI", client)
+            serving("ASGI", client)()
+            serving("WSGI", client)()
