@@ -77,17 +77,17 @@ def test_no_public_name_is_left_out() -> None:
 
 
 LIFE: Final = """
-import sys, threading, time
+import sys, threading
 from veltrix_mw import ConfigClient, Conflict, KeyMissing, StoreUnavailable
 
 found = []
 
 def again(call):
-    while True:  # a store that stalls is no matter here
+    while True:  # a store that stalls is no matter here; each call waits for it as long as a call may
         try:
             return call()
         except (StoreUnavailable, Conflict):
-            time.sleep(0.1)
+            pass
         except KeyMissing:  # it was deleted, by a call whose answer did not come
             return None
 
@@ -144,6 +144,7 @@ def test_nothing_is_imported_once_a_client_is_made(url: str, tmp_path: Path) -> 
             url = f"etcd://127.0.0.1:{stack.enter_context(etcd()).members[0].port}/shop{transport}"
         with ConfigClient(url, relay="never") as writer:
             wait_until(lambda: _put(writer), 60, reason="a first value")
-        done = subprocess.run([sys.executable, "-c", LIFE, url, mirror], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", LIFE, url, mirror]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "Traceback" not in done.stderr

@@ -113,7 +113,7 @@ class ConfigMiddleware:
                 views.ensure_running()
             view = views.base
             context = current_context()
-            counting = self._views.counted(view, context) if context else None
+            counting = views.counted(view, context) if context else None
         else:
             # A view that is not the current one was left by a request that this scope was sent for before.
             if outer is not None and _current.get(None) is outer:
